@@ -1,0 +1,32 @@
+"""The papers behind each objective."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .objective import Objective
+
+PAPERS = {
+    "fiberpo": "Fibration Policy Optimization, arXiv 2603.08239",
+    "trm": "Trust Region Masking, arXiv 2512.23075",
+    "ppo": "Proximal Policy Optimization Algorithms, arXiv 1707.06347",
+    "grpo": "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models, "
+    "arXiv 2402.03300",
+    "dr_grpo": "Understanding R1-Zero-Like Training: A Critical Perspective, arXiv 2503.20783",
+    "dapo": "DAPO: An Open-Source LLM Reinforcement Learning System at Scale, arXiv 2503.14476",
+    "gspo": "Group Sequence Policy Optimization, arXiv 2507.18071",
+}
+
+
+def citation(objective: Objective) -> str:
+    """The papers an objective rests on, one a line.
+
+    >>> from fiberpo import recipes
+    >>> print(citation(recipes.gspo()))
+    Group Sequence Policy Optimization, arXiv 2507.18071
+    """
+    keys = list(objective.papers)
+    if objective.mask is not None and "trm" not in keys:
+        keys.append("trm")
+    return "\n".join(PAPERS[key] for key in keys)

@@ -1,0 +1,178 @@
+"""Labels: which context of a stratum a trajectory or a token belongs to.
+
+Labels above the trajectory (``domain``, ``group``, ...) have one entry a trajectory; labels below
+it (``turn``, ...) one entry a token. Entries are non-negative integers or strings; ``-1`` (or
+``None`` in a list of strings) says that there is no context of this stratum here, which makes a
+rooted tree whose branches differ in depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .errors import StrataError
+
+CANONICAL_ORDER = ("domain", "group", "trajectory", "turn")
+"""Strata whose place is known, coarse to fine, in whatever order the caller lists them."""
+
+TOKEN_LEVEL = frozenset({"turn", "state"})
+"""Labels that are always read one entry a token."""
+
+GLOBAL_TOKEN_LEVEL = frozenset({"state"})
+"""Token labels whose ids mean the same in every trajectory (elsewhere they are local to one)."""
+
+RESERVED = frozenset({"trajectory", "token"})
+
+
+@dataclass(frozen=True, eq=False)
+class Label:
+    """One classification, encoded: ``codes`` index ``values``; -1 means absent."""
+
+    name: str
+    codes: Int[Tensor, " entries"]
+    values: tuple[str, ...] | Int[Tensor, " contexts"]
+    per_token: bool
+
+    @property
+    def count(self) -> int:
+        """Number of distinct contexts."""
+        return len(self.values)
+
+    def value(self, code: int) -> str:
+        """The caller's own id of a context, as text."""
+        return str(self.values[code] if isinstance(self.values, tuple) else int(self.values[code]))
+
+    def value_names(self) -> tuple[str, ...]:
+        """The caller's ids of all contexts, as text."""
+        if isinstance(self.values, tuple):
+            return self.values
+        return tuple(str(v) for v in self.values.tolist())
+
+    def select(self, keep: Tensor) -> Label:
+        """The entries where ``keep`` holds (contexts that lose all entries go too)."""
+        codes = self.codes[keep]
+        used = torch.unique(codes[codes >= 0])
+        table = codes.new_full((self.count + 1,), -1)
+        table[used] = torch.arange(len(used), device=codes.device)
+        values: tuple[str, ...] | Tensor
+        if isinstance(self.values, tuple):
+            values = tuple(self.values[i] for i in used.tolist())
+        else:
+            values = self.values[used]
+        return replace(self, codes=table[codes], values=values)
+
+
+@dataclass(frozen=True, eq=False)
+class ContextNames:
+    """What the contexts of one stratum are called, both ways.
+
+    ``label`` is None for trajectories (called by their number). Below the trajectory a context is
+    one label value in one trajectory: ``local[i] = trajectory * label.count + code``.
+    """
+
+    label: Label | None = None
+    local: Int[Tensor, " contexts"] | None = None
+    count: int = 0
+
+    def __call__(self, i: int) -> str:
+        """The caller's id of context ``i`` (``trajectory/id`` below the trajectory)."""
+        if self.label is None:
+            return str(i)
+        if self.local is None:
+            return self.label.value(i)
+        trajectory, code = divmod(int(self.local[i]), self.label.count)
+        return f"{trajectory}/{self.label.value(code)}"
+
+    def find(self, value: str) -> Int[Tensor, " matches"]:
+        """Contexts that carry the label value ``value`` (none, one, or one a trajectory)."""
+        if self.label is None:
+            matches = [int(value)] if value.isdigit() and int(value) < self.count else []
+            return torch.tensor(matches, dtype=torch.long)
+        if isinstance(self.label.values, tuple):
+            codes = [i for i, v in enumerate(self.label.values) if v == value]
+        else:
+            hit = self.label.values == int(value) if value.isdigit() else None
+            codes = [] if hit is None else hit.nonzero().flatten().tolist()
+        wanted = torch.tensor(codes, dtype=torch.long, device=self.label.codes.device)
+        if self.local is None:
+            return wanted
+        return torch.isin(self.local % self.label.count, wanted).nonzero().flatten()
+
+
+def encode(name: str, entries: Any, device: torch.device) -> tuple[Tensor, Any]:
+    """Integer codes and distinct values of a label's entries, shape kept.
+
+    Raises:
+        StrataError: for ids that are not integers or strings, and for negative ids below -1.
+    """
+    if isinstance(entries, np.ndarray) and entries.dtype.kind not in "OUS":
+        entries = torch.from_numpy(entries)
+    if not isinstance(entries, Tensor):
+        listed = entries.tolist() if isinstance(entries, np.ndarray) else list(entries)
+        if any(isinstance(e, str) for e in _flat(listed)):
+            return _encode_strings(name, listed, device)
+        try:
+            entries = torch.tensor(listed)
+        except (TypeError, ValueError) as error:
+            raise StrataError(
+                f'labels["{name}"] could not be read as ids: {error}. Pass a tensor of integers, '
+                "or a list of strings (None where a trajectory has no such context)."
+            ) from error
+    if entries.numel() and (entries.is_floating_point() or entries.is_complex()):
+        raise StrataError(
+            f'labels["{name}"] has dtype {entries.dtype}; ids are integers or strings. '
+            "Did you pass rewards or advantages?"
+        )
+    ids = entries.to(device=device, dtype=torch.long)
+    if bool((ids < -1).any()):
+        bad = int(ids[ids < -1][0])
+        raise StrataError(
+            f'labels["{name}"] holds the id {bad}; ids are >= 0, and -1 means that there is no '
+            f"{name} here. Pass strings if your ids are hashes."
+        )
+    values, codes = torch.unique(ids, return_inverse=True)
+    if values.numel() and bool(values[0] == -1):
+        return codes - 1, values[1:]
+    return codes, values
+
+
+def _flat(listed: Sequence[Any]) -> list[Any]:
+    if listed and isinstance(listed[0], (list, tuple, np.ndarray)):
+        return [e for row in listed for e in row]
+    return list(listed)
+
+
+def _encode_strings(name: str, listed: Sequence[Any], device: torch.device) -> tuple[Tensor, Any]:
+    flat = _flat(listed)
+    for i, entry in enumerate(flat):
+        if entry is not None and not isinstance(entry, str):
+            raise StrataError(
+                f'labels["{name}"][{i}] is {entry!r} among strings; use strings throughout, with '
+                "None where there is no such context."
+            )
+    values = tuple(sorted({e for e in flat if e is not None}))
+    position = {value: i for i, value in enumerate(values)}
+    codes = torch.tensor([-1 if e is None else position[e] for e in flat], dtype=torch.long)
+    nested = bool(listed) and isinstance(listed[0], (list, tuple, np.ndarray))
+    shape = (len(listed), -1) if nested else (-1,)
+    return codes.reshape(shape).to(device), values
+
+
+def order_strata(names: Sequence[str]) -> tuple[str, ...]:
+    """Coarse to fine: the well-known names among themselves by `CANONICAL_ORDER`, others as listed.
+
+    >>> order_strata(["group", "domain"])
+    ('domain', 'group')
+    >>> order_strata(["continent", "country"])
+    ('continent', 'country')
+    """
+    known = sorted((n for n in names if n in CANONICAL_ORDER), key=CANONICAL_ORDER.index)
+    taken = iter(known)
+    return tuple(next(taken) if n in CANONICAL_ORDER else n for n in names)

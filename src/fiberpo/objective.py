@@ -1,0 +1,168 @@
+"""`Objective`: the triple (weights, gate map, mask); calling it on a batch gives a `Surrogate`.
+
+    J(theta) = sum_i mu_i M_i G(r)_i A_i,        loss = -J
+
+Reference: *Fibration Policy Optimization*, arXiv 2603.08239, Definition 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from .batch import RatioBatch
+from .collective import LOCAL, Collective
+from .errors import ObjectiveError
+from .gates import Regime
+from .gating import GatedRatio, GateMap
+from .masks import SequenceMask
+from .measurement import measure
+from .statistics import Statistics
+from .weights import Denominators, Weights
+
+GradientForm = Literal["closed_form", "autograd"]
+
+
+class _Linear(torch.autograd.Function):
+    """A scalar whose gradient with respect to ``log_probs`` is given."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer[0].to(gradient.dtype) * gradient, None, None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A trust-region objective in the ratio gating form.
+
+    Args:
+        weights: aggregation weights ``mu``.
+        gate_map: the ratio gating map ``G``.
+        mask: whole trajectories to leave out; multiplies, never renormalises.
+        name: what to call it in reports.
+        parameters: the arguments it was made with, for reports.
+        papers: keys of `fiberpo.citations.PAPERS` that it rests on.
+    """
+
+    weights: Weights
+    gate_map: GateMap
+    mask: SequenceMask | None = None
+    name: str = "objective"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    papers: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        batch: RatioBatch,
+        *,
+        denominators: Denominators | None = None,
+        collective: Collective = LOCAL,
+        gradient: GradientForm = "closed_form",
+    ) -> Surrogate:
+        """Evaluate on a batch.
+
+        Args:
+            batch: all tokens of the optimizer batch (or this rank's part of it).
+            denominators: counts of the whole optimizer batch, where ``batch`` is a part of it. Only
+                for objectives whose contexts all lie inside the part (token and trajectory gates).
+            collective: where the other parts of the batch are; every rank calls together.
+            gradient: ``"closed_form"`` (O(N), default) or ``"autograd"`` through the gates; equal.
+
+        Returns:
+            `Surrogate`; ``loss.backward()`` sends the exact gradient into ``batch.log_probs``.
+        """
+        with torch.no_grad():
+            weight = self.weights(batch, denominators, collective) * batch.advantages.double()
+            if self.mask is not None:
+                kept = self.mask(batch)
+                weight = weight * kept[batch.trajectory]
+        if gradient == "autograd":
+            if collective.size > 1:
+                raise ObjectiveError(
+                    f"gradient='autograd' sees one process, but the batch is spread over "
+                    f"{collective.size}; use the closed form"
+                )
+            gated = self.gate_map(batch, collective)
+            loss = -(weight * gated.log_factor().exp()).sum()
+            coefficients = gated.pullback(weight)
+        elif gradient == "closed_form":
+            with torch.no_grad():
+                gated = self.gate_map(batch, collective)
+                value = -(weight * gated.log_factor().exp()).sum()
+                coefficients = gated.pullback(weight)
+            loss = _Linear.apply(batch.log_probs, value, -coefficients.to(batch.log_probs.dtype))
+        else:
+            raise ObjectiveError(f"gradient is {gradient!r}; use 'closed_form' or 'autograd'")
+        return Surrogate(self, batch, loss, coefficients, gated, weight)
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items() if v is not None)
+        return f"{self.name}({inside})"
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """What an objective says about a batch.
+
+    Attributes:
+        loss: scalar to minimise, ``-J`` (of this rank's tokens, over the global denominators).
+        coefficients: ``[N]`` float64, ``dJ/d log_probs`` without graph. The backward of
+            ``-(coefficients * log_probs).sum()`` is the exact gradient of the loss.
+        gated: the gated batch with all pieces.
+        weight: ``[N]`` float64, ``mu_i M_i A_i``.
+    """
+
+    objective: Objective
+    batch: RatioBatch
+    loss: Float[Tensor, ""]
+    coefficients: Float[Tensor, " N"]
+    gated: GatedRatio
+    weight: Float[Tensor, " N"]
+
+    @property
+    def log_gated_ratio(self) -> Float[Tensor, " N"]:
+        """``log G(r)_i``, float64."""
+        return self.gated.log_gated_ratio
+
+    @cached_property
+    def regimes(self) -> dict[str, Int8[Tensor, "channels contexts"]]:
+        """Per stratum, coarse to fine and ``"token"`` last: `Regime` of every channel and context.
+
+        >>> import fiberpo
+        >>> batch = fiberpo.RatioBatch.from_packed(
+        ...     torch.tensor([-0.5, -1.0]), torch.tensor([-1.0, -1.0]), torch.ones(1), [2])
+        >>> out = fiberpo.recipes.fiberpo(budget=(0.12, 0.05), epsilon=0.04)(batch)
+        >>> [fiberpo.Regime(int(r)).name for r in out.regimes["trajectory"][:, 0]]
+        ['ZERO', 'PASS']
+        """
+        found = {}
+        if self.gated.strata is not None and self.gated.gated is not None:
+            for k, name in enumerate(self.gated.strata.names):
+                found[name] = self.gated.gated.regime[:, self.gated.strata.level(k)]
+        found["token"] = self.gated.token.regime
+        return found
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Mergeable statistics of this call, as tensors."""
+        return measure(self.batch, self.gated, self.weight, self.coefficients)
+
+    def metrics(self) -> dict[str, float]:
+        """Flat dictionary of floats (see the table in ``docs/metrics.md``)."""
+        return self.statistics.compute()
+
+
+__all__ = ["Objective", "Regime", "Surrogate"]

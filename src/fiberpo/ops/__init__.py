@@ -1,0 +1,1 @@
+"""Numerical primitives: segment sums, and the reference operator on densities."""

@@ -1,0 +1,249 @@
+"""Strata: a forest of contexts over the tokens of a batch.
+
+A context is one domain, one prompt group, one trajectory, one turn, ... ``parent[c]`` is the
+context above it, tokens hang on the finest context that covers them. Chains (domain > group >
+trajectory) and rooted trees whose branches differ in depth (text domains without turns beside tool
+domains with turns) are the same structure.
+
+Reference: *Fibration Policy Optimization*, arXiv 2603.08239, Definition 6.1 and Remark 6.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .errors import StrataError
+from .labels import GLOBAL_TOKEN_LEVEL, ContextNames, Label
+from .ops.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Strata:
+    """A forest of contexts, coarse to fine, with the tokens attached to it.
+
+    Args:
+        names: strata, coarse to fine.
+        parent: ``[C]`` index of the parent context, `NO_PARENT` for roots; always smaller than the
+            context's own index.
+        bounds: contexts ``bounds[k]`` to ``bounds[k + 1]`` belong to stratum ``names[k]``.
+        leaf: ``[N]`` finest context of every token.
+        context_names: per stratum, what its contexts are called.
+        shared: per stratum, whether its contexts can also have tokens in other batches of the same
+            optimizer step (other ranks). Trajectories and what lies below them never do.
+    """
+
+    NO_PARENT: ClassVar[int] = -1
+
+    names: tuple[str, ...]
+    parent: Int[Tensor, " C"]
+    bounds: tuple[int, ...]
+    leaf: Int[Tensor, " N"]
+    context_names: tuple[ContextNames, ...] = field(default=(), repr=False)
+    shared: tuple[bool, ...] = ()
+
+    def __len__(self) -> int:
+        return self.bounds[-1]
+
+    def level(self, k: int) -> slice:
+        """The contexts of stratum ``names[k]``."""
+        return slice(self.bounds[k], self.bounds[k + 1])
+
+    @cached_property
+    def stratum(self) -> Int[Tensor, " C"]:
+        """Index into ``names`` of every context."""
+        sizes = torch.tensor(self.bounds).diff().to(self.parent.device)
+        return torch.repeat_interleave(torch.arange(len(self.names)).to(sizes.device), sizes)
+
+    @cached_property
+    def leaf_segments(self) -> Segments:
+        """Tokens by their leaf context."""
+        return Segments(self.leaf, len(self))
+
+    @cached_property
+    def _parents(self) -> tuple[tuple[Tensor, Segments], ...]:
+        """Per stratum: parent index with one extra slot (the last) that stands above the roots."""
+        top = len(self)
+        found = []
+        for k in range(len(self.names)):
+            above = self.parent[self.level(k)]
+            above = torch.where(above == self.NO_PARENT, top, above)
+            found.append((above, Segments(above, top + 1)))
+        return tuple(found)
+
+    def push_up(self, leaf_sums: Float[Tensor, "rows C"]) -> Float[Tensor, "rows C"]:
+        """Sums over everything below each context, from the sums over its own tokens."""
+        total = leaf_sums
+        for k in range(len(self.names) - 1, 0, -1):
+            _, segments = self._parents[k]
+            total = total + segments.rows(total[:, self.level(k)])[:, :-1]
+        return total
+
+    def add_to_parents(self, values: Float[Tensor, "rows C"]) -> Float[Tensor, "rows C"]:
+        """``out[c]`` = sum of ``values`` over the children of ``c``."""
+        out = torch.zeros_like(values)
+        for k in range(1, len(self.names)):
+            _, segments = self._parents[k]
+            out = out + segments.rows(values[:, self.level(k)])[:, :-1]
+        return out
+
+    def of_parent(self, values: Float[Tensor, "rows C"]) -> Float[Tensor, "rows C"]:
+        """``values`` of each context's parent; 0 for a root."""
+        top = torch.cat([values, values.new_zeros(values.shape[0], 1)], dim=1)
+        return top[:, torch.cat([above for above, _ in self._parents])]
+
+    def sum_path(self, values: Float[Tensor, "rows C"]) -> Float[Tensor, "rows C"]:
+        """Sum of ``values`` from each context up to its root, itself included."""
+        done = values[:, : self.bounds[1]]
+        for k in range(1, len(self.names)):
+            above, _ = self._parents[k]
+            pad = values.new_zeros(values.shape[0], len(self) + 1 - done.shape[1])
+            done = torch.cat(
+                [done, values[:, self.level(k)] + torch.cat([done, pad], dim=1)[:, above]], dim=1
+            )
+        return done
+
+    def at_tokens(self, values: Float[Tensor, "rows C"]) -> Float[Tensor, "rows N"]:
+        """``values`` of each token's leaf context."""
+        return values[:, self.leaf]
+
+    def shared_contexts(self) -> tuple[Tensor, list[Hashable]]:
+        """Contexts that other ranks may hold too, with keys that are the same on every rank."""
+        index: list[int] = []
+        keys: list[Hashable] = []
+        for k, shared in enumerate(self.shared):
+            if shared:
+                start, end = self.bounds[k], self.bounds[k + 1]
+                index += range(start, end)
+                keys += [(self.names[k], self.context_names[k](i)) for i in range(end - start)]
+        return torch.tensor(index, dtype=torch.long, device=self.parent.device), keys
+
+    @cached_property
+    def idle(self) -> tuple[str, ...]:
+        """Strata all of whose contexts are the whole of their parent: their residual is always 0.
+
+        Their gates are valid and cannot act (one group a domain, one trajectory a group, ...).
+        """
+        if not len(self.leaf):
+            return ()
+        ones = self.leaf_segments.sum(torch.ones(len(self.leaf), device=self.leaf.device))[None]
+        tokens = self.push_up(ones)
+        only = (tokens == self.of_parent(tokens))[0]
+        return tuple(
+            name for k, name in enumerate(self.names) if k and bool(only[self.level(k)].all())
+        )
+
+
+def build(
+    names: Sequence[str], labels: dict[str, Label], lengths: Int[Tensor, " trajectories"]
+) -> Strata:
+    """The forest of the named strata (coarse to fine; ``trajectory`` among them or not).
+
+    Raises:
+        StrataError: if a name has no label, if a context lies in two parents, or if a token has
+            no context at all.
+    """
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    levels: list[_Level] = []
+    here = torch.full((len(lengths),), Strata.NO_PARENT, device=lengths.device)
+    for name in names:
+        level = _level(name, labels, row, len(lengths))
+        if level.per_token and len(here) != len(row):
+            here = here[row]
+        elif len(level.codes) != len(here):
+            level = replace(level, codes=level.codes[row])
+        start = sum(len(above.parent) for above in levels)
+        level = replace(level, parent=_parent_of(level, here, [*levels, level]))
+        here = torch.where(level.codes >= 0, start + level.codes, here)
+        levels.append(level)
+    leaf = here if len(here) == len(row) else here[row]
+    if len(leaf) and bool((leaf == Strata.NO_PARENT).any()):
+        token = int((leaf == Strata.NO_PARENT).nonzero()[0])
+        raise StrataError(
+            f"token {token} (trajectory {int(row[token])}) belongs to no context of the strata "
+            f"{tuple(names)}: every one of its labels is absent. Give it a label in one of them."
+        )
+    bounds = [0]
+    for level in levels:
+        bounds.append(bounds[-1] + len(level.parent))
+    return Strata(
+        names=tuple(names),
+        parent=torch.cat([level.parent for level in levels]),
+        bounds=tuple(bounds),
+        leaf=leaf,
+        context_names=tuple(level.called for level in levels),
+        shared=tuple(level.shared for level in levels),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """One stratum while the forest is built; ``parent`` has one entry a context."""
+
+    name: str
+    codes: Tensor
+    parent: Tensor
+    per_token: bool
+    shared: bool
+    called: ContextNames
+
+
+def _level(name: str, labels: dict[str, Label], row: Tensor, trajectories: int) -> _Level:
+    """The contexts of one stratum, not yet hung on their parents."""
+    if name == "trajectory":
+        codes = torch.arange(trajectories, device=row.device)
+        called = ContextNames(count=trajectories)
+        return _Level(name, codes, codes, per_token=False, shared=False, called=called)
+    if name not in labels:
+        raise StrataError(
+            f'the objective has a gate for the stratum "{name}", but the batch has '
+            f"{'labels for ' + str(sorted(labels)) if labels else 'no labels'}. Pass "
+            f'labels={{"{name}": ids}} to the batch, or leave that stratum out of the objective.'
+        )
+    label = labels[name]
+    if not label.per_token or name in GLOBAL_TOKEN_LEVEL:
+        slots = torch.arange(label.count, device=row.device)
+        called = ContextNames(label)
+        return _Level(name, label.codes, slots, label.per_token, shared=True, called=called)
+    # ids below the trajectory are local to it: turn 0 of one trajectory is not turn 0 of another
+    combined = torch.where(label.codes >= 0, row * label.count + label.codes, -1)
+    distinct, codes = torch.unique(combined, return_inverse=True)
+    if len(distinct) and bool(distinct[0] == -1):
+        distinct, codes = distinct[1:], codes - 1
+    called = ContextNames(label, distinct)
+    return _Level(name, codes, distinct, per_token=True, shared=False, called=called)
+
+
+def _parent_of(level: _Level, here: Tensor, levels: Sequence[_Level]) -> Tensor:
+    """The one parent of each context, or an error that shows a context with two."""
+    count = len(level.parent)
+    slot = torch.where(level.codes >= 0, level.codes, count)
+    low = here.new_full((count + 1,), torch.iinfo(torch.long).max)
+    low = low.scatter_reduce(0, slot, here, "amin")[:count]
+    high = here.new_full((count + 1,), Strata.NO_PARENT - 1)
+    high = high.scatter_reduce(0, slot, here, "amax")[:count]
+    if bool((low != high).any()):
+        code = int((low != high).nonzero()[0])
+        raise StrataError(
+            f'{level.name} "{level.called(code)}" lies in two contexts: '
+            f"{_describe(int(low[code]), levels)} and {_describe(int(high[code]), levels)}. "
+            f"Contexts must nest (strata coarse to fine: {', '.join(x.name for x in levels)}). If "
+            f"{level.name} is the coarser one, list it first. If these are two independent "
+            "classifications of the same tokens, they are not a tree: join them into one label, "
+            "or gate only one of them."
+        )
+    return low
+
+
+def _describe(context: int, levels: Sequence[_Level]) -> str:
+    for level in levels:
+        if 0 <= context < len(level.parent):
+            return f'{level.name} "{level.called(context)}"'
+        context -= len(level.parent)
+    return "no context above it"

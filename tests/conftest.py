@@ -1,0 +1,37 @@
+"""Shapes said in annotations are executed under the tests."""
+
+import os
+import warnings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+import types
+
+import hypothesis
+import torch
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+_typecheck = types.ModuleType("_typecheck")
+_typecheck.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+sys.modules["_typecheck"] = _typecheck
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    hook = install_import_hook(
+        [
+            "fiberpo.batch", "fiberpo.budgets", "fiberpo.charts", "fiberpo.gates",
+            "fiberpo.gating", "fiberpo.labels", "fiberpo.masks", "fiberpo.measurement",
+            "fiberpo.objective", "fiberpo.ops", "fiberpo.recipes", "fiberpo.statistics",
+            "fiberpo.strata", "fiberpo.weights",
+        ],
+        "_typecheck.check",
+    )  # fmt: skip
+hook.__enter__()
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.load_profile("ci")
