@@ -10,6 +10,7 @@ from .charts import SignedLog
 from .gates import Regime
 from .gating import GatedRatio
 from .statistics import Histogram, Moments, Statistics
+from .strata import Strata
 
 MOST_DOMAINS = 64
 """Metrics per domain are kept for at most this many domains."""
@@ -34,23 +35,20 @@ def measure(
         worst = _worst(gated.gated.regime)
         blocked = strata.sum_path((worst > 0).double()[None])
         active = active | (strata.at_tokens(blocked)[0] > 0)
+        share = _share(gated)
         for k, name in enumerate(strata.names):
-            here = strata.level(k)
-            _fractions(means, f"gate/{name}", worst[here])
-            _drifts(drifts, f"gate/{name}", gated.residual[:, here])
-            for domain, mine in _contexts_by_domain(batch, gated, k).items():
-                suffix = f"/domain={domain}"
-                _fractions(means, f"gate/{name}", worst[here][mine], suffix)
-                _drifts(drifts, f"gate/{name}", gated.residual[:, here][:, mine], suffix)
+            here = torch.zeros(len(strata), dtype=torch.bool, device=worst.device)
+            here[strata.level(k)] = True
+            for suffix, mine in {"": here, **_contexts_by_domain(batch, strata, here)}.items():
+                _fractions(means, f"gate/{name}", worst[mine], suffix, share[mine])
+                _drifts(drifts, f"gate/{name}", gated.residual[:, mine], suffix, share[mine])
     _fractions(means, "gate/token", _worst(gated.token.regime))
     _drifts(drifts, "gate/token", _own_channel(gated))
     means["gate/active"] = Moments.of(active)
     log_ratio = gated.log_ratio
-    tokens = {"": torch.ones_like(active), **_tokens_by_domain(batch)}
-    for domain, mine in tokens.items():
-        suffix = f"/domain={domain}" if domain else ""
+    for suffix, mine in {"": torch.ones_like(active), **_tokens_by_domain(batch)}.items():
         _divergences(means, "kl", log_ratio[mine], suffix)
-        if domain:
+        if suffix:
             means[f"gate/active{suffix}"] = Moments.of(active[mine])
             means[f"ratio/mean{suffix}"] = Moments.of(log_ratio[mine].exp())
         if batch.rollout_log_probs is not None:
@@ -73,25 +71,43 @@ def _own_channel(gated: GatedRatio) -> Tensor:
     return gated.token_drift
 
 
-def _fractions(means: dict[str, Moments], name: str, worst: Tensor, suffix: str = "") -> None:
+def _share(gated: GatedRatio) -> Tensor:
+    """Part of each context's tokens that this rank holds; 1 in a single process."""
+    assert gated.strata is not None
+    ones = torch.ones_like(gated.log_ratio)
+    here = gated.strata.push_up(gated.strata.leaf_segments.sum(ones)[None])[0]
+    return here / gated.count
+
+
+def _fractions(
+    means: dict[str, Moments],
+    name: str,
+    worst: Tensor,
+    suffix: str = "",
+    share: Tensor | None = None,
+) -> None:
     for regime, word in (
         (Regime.PASS, "pass"), (Regime.ROLLBACK, "rollback"), (Regime.ZERO, "zeroed")
     ):  # fmt: skip
-        means[f"{name}/{word}_frac{suffix}"] = Moments.of(worst == regime)
+        means[f"{name}/{word}_frac{suffix}"] = Moments.of(worst == regime, share)
 
 
 def _drifts(
-    drifts: dict[str, tuple[Moments, Histogram]], name: str, residual: Tensor, suffix: str = ""
+    drifts: dict[str, tuple[Moments, Histogram]],
+    name: str,
+    residual: Tensor,
+    suffix: str = "",
+    share: Tensor | None = None,
 ) -> None:
     """Both channels; a chart with one channel is split by the sign of the drift."""
-    if residual.shape[0] == 2:
-        channels = {"pos": residual[0], "neg": residual[1]}
-    else:
-        drift = residual[0]
-        channels = {"pos": drift[drift >= 0], "neg": -drift[drift < 0]}
-    for channel, drift in channels.items():
-        key = f"{name}/drift_{channel}"
-        drifts[key + suffix] = (Moments.of(drift.abs()), Histogram.of(drift))
+    share = torch.ones_like(residual[0]) if share is None else share
+    up = residual[0] >= 0
+    channels = {"pos": (residual[0], share), "neg": (residual[-1], share)}
+    if residual.shape[0] == 1:
+        channels = {"pos": (residual[0][up], share[up]), "neg": (residual[0][~up], share[~up])}
+    for channel, (drift, part) in channels.items():
+        key = f"{name}/drift_{channel}{suffix}"
+        drifts[key] = (Moments.of(drift.abs(), part), Histogram.of(drift, part))
 
 
 def _divergences(means: dict[str, Moments], name: str, log_ratio: Tensor, suffix: str) -> None:
@@ -99,27 +115,21 @@ def _divergences(means: dict[str, Moments], name: str, log_ratio: Tensor, suffix
     means[f"{name}/k3{suffix}"] = Moments.of(torch.expm1(log_ratio) - log_ratio)
 
 
-def _domain_masks(batch: RatioBatch, per_token: bool) -> dict[str, Tensor]:
+def _tokens_by_domain(batch: RatioBatch) -> dict[str, Tensor]:
+    """Metric suffix -> tokens, for each of several domains."""
     label = batch.labels.get("domain")
     if label is None or label.per_token or not 1 < label.count <= MOST_DOMAINS:
         return {}
-    codes = label.codes[batch.trajectory] if per_token else label.codes
-    return {label.value(i): codes == i for i in range(label.count)}
+    codes = label.codes[batch.trajectory]
+    return {f"/domain={label.value(i)}": codes == i for i in range(label.count)}
 
 
-def _tokens_by_domain(batch: RatioBatch) -> dict[str, Tensor]:
-    return _domain_masks(batch, per_token=True)
-
-
-def _contexts_by_domain(batch: RatioBatch, gated: GatedRatio, k: int) -> dict[str, Tensor]:
-    """Which contexts of a stratum lie in which domain (of the first token below them)."""
-    masks = _tokens_by_domain(batch)
-    assert gated.strata is not None
-    strata = gated.strata
+def _contexts_by_domain(batch: RatioBatch, strata: Strata, here: Tensor) -> dict[str, Tensor]:
+    """Metric suffix -> those of the contexts ``here`` that hold a token of the domain."""
     found = {}
-    for domain, tokens in masks.items():
+    for suffix, tokens in _tokens_by_domain(batch).items():
         at_leaf = strata.leaf_segments.sum(tokens.double())[None]
-        found[domain] = strata.push_up(at_leaf)[0, strata.level(k)] > 0
+        found[suffix] = here & (strata.push_up(at_leaf)[0] > 0)
     return found
 
 

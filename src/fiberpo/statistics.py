@@ -23,13 +23,18 @@ class Moments:
     values: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Moments:
-        """Moments of the entries of ``x`` (any shape, possibly empty)."""
+    def of(cls, x: Tensor, share: Tensor | None = None) -> Moments:
+        """Moments of the entries of ``x`` (any shape, possibly empty).
+
+        ``share`` is the part of each entry that is counted here (1 by default): a context that two
+        ranks hold is counted by both, by its share of tokens.
+        """
         x = x.double().flatten()
         if not x.numel():
             return cls(torch.tensor([0.0, 0.0, 0.0, math.inf, -math.inf]).double().to(x.device))
-        count = torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)
-        return cls(torch.stack([count, x.sum(), x.square().sum(), x.min(), x.max()]))
+        share = torch.ones_like(x) if share is None else share.double()
+        sums = [share.sum(), (share * x).sum(), (share * x.square()).sum()]
+        return cls(torch.stack([*sums, x.min(), x.max()]))
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both samples together."""
@@ -46,12 +51,13 @@ class Histogram:
     counts: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Histogram:
-        """Histogram of the entries of ``x`` (their absolute values)."""
+    def of(cls, x: Tensor, share: Tensor | None = None) -> Histogram:
+        """Histogram of the absolute values of ``x``; ``share`` as in `Moments.of`."""
         x = x.double().abs().flatten()
         bins = torch.ceil(torch.log(x.clamp(min=_SMALLEST) / _SMALLEST) / math.log(_BASE))
         index = bins.clamp(max=_BINS - 1).long()
-        return cls(torch.bincount(index, minlength=_BINS).double())
+        weights = torch.ones_like(x) if share is None else share.double()
+        return cls(torch.bincount(index, weights, minlength=_BINS))
 
     def merge(self, other: Histogram) -> Histogram:
         """Histogram of both samples together."""
@@ -125,3 +131,27 @@ class Statistics:
             out["gate/gradient_reversed"] = reversed_ / whole
             out["gate/gradient_amplified"] = amplified / whole
         return out
+
+    def quantiles(self, name: str, levels: tuple[float, ...]) -> list[float]:
+        """Quantiles of a drift by its name (``gate/<stratum>/drift_pos``), each to 2.5 %."""
+        return [self.drifts[name][1].quantile(q) for q in levels]
+
+    def state(self) -> dict[str, Tensor]:
+        """Flat tensors from which `from_state` rebuilds these statistics."""
+        out = {f"mean:{k}": v.values for k, v in self.means.items()}
+        for name, (moments, histogram) in self.drifts.items():
+            out[f"moments:{name}"], out[f"histogram:{name}"] = moments.values, histogram.counts
+        out["ratio"], out["gradient"] = self.ratio.values, self.gradient
+        return {k: v.cpu() for k, v in out.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Statistics:
+        """The inverse of `state`."""
+        means, drifts = {}, {}
+        for key, value in state.items():
+            kind, _, name = key.partition(":")
+            if kind == "mean":
+                means[name] = Moments(value)
+            elif kind == "moments":
+                drifts[name] = (Moments(value), Histogram(state[f"histogram:{name}"]))
+        return cls(means, drifts, Moments(state["ratio"]), state["gradient"])

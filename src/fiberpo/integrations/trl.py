@@ -1,0 +1,461 @@
+"""fiberpo inside TRL: `FiberPOTrainer` is a `trl.GRPOTrainer` with any fiberpo objective.
+
+TRL does rollouts, rewards, optimisation, checkpoints and logging. This subclass carries group and
+domain ids along and replaces the loss by the exact form over the whole *optimizer window* (all
+micro-batches of all ranks between two optimizer steps), in two phases:
+
+1. log-probs of this rank's window without graph; sums per context, two small all-reduces; one
+   coefficient ``c_j = dJ/d log_probs_j`` a token;
+2. per micro-batch, backward of ``-(c * log_probs).sum()``.
+
+The gradient is that of the objective on the undivided window, however it is cut. Phase 1 needs no
+extra forward when the window is one micro-batch, and none in the first window after a rollout,
+where every log ratio is 0.
+
+Tested with TRL 1.16.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
+
+from .. import recipes
+from ..batch import RatioBatch
+from ..collective import LOCAL, Collective, TorchGroup
+from ..errors import ConfigError, DataError
+from ..objective import Objective, Surrogate
+from ..statistics import Statistics
+from .columns import DOMAIN_ALIASES, find_column
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "fiberpo_state_rank{rank}.pt"
+
+REPLACED = {
+    "loss_type": "the recipe (objective=...) and its weights",
+    "epsilon": "objective_kwargs={'epsilon': ...}",
+    "epsilon_high": "objective_kwargs={'epsilon_high': ...}",
+    "delta": "objective_kwargs={'dual_clip': ...} of ppo and grpo",
+    "importance_sampling_level": "objective='gspo' for sequence ratios",
+    "off_policy_mask_threshold": "an objective with a mask",
+    "top_entropy_quantile": "nothing yet",
+    "entropy_coef": "nothing yet",
+    "use_adaptive_entropy": "nothing yet",
+    "use_bias_correction_kl": "nothing yet",
+}
+"""Settings of GRPOConfig that mean nothing here, and what takes their place."""
+
+
+@dataclass
+class FiberPOConfig(GRPOConfig):
+    """`trl.GRPOConfig` with the choice of an objective.
+
+    Args:
+        objective: name of a recipe (`fiberpo.recipes`).
+        objective_kwargs: its parameters.
+        domain_column: data column with the domain of a prompt; None looks for ``domain``,
+            ``data_source``, ``task``, ... and takes one domain for all if there is none.
+        keep_groups_together: shuffle whole prompt groups into the windows of a rollout. False
+            shuffles single answers, as TRL does: a group is then spread over several windows, and
+            group gates see only a part of it at a time.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs",
+    ]  # fmt: skip
+
+    objective: str = field(default="fiberpo_domain", metadata={"help": "Name of a recipe."})
+    objective_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Parameters of the recipe."}
+    )
+    domain_column: str | None = field(
+        default=None, metadata={"help": "Data column with the domain of a prompt."}
+    )
+    keep_groups_together: bool = field(
+        default=True, metadata={"help": "Shuffle whole prompt groups into optimizer windows."}
+    )
+
+
+class FiberPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` with a fiberpo objective, exact over micro-batches and ranks.
+
+    Args:
+        model, reward_funcs, args, **kwargs: as for `trl.GRPOTrainer`; ``args`` is a
+            `FiberPOConfig`.
+        objective: an `Objective`, in place of the recipe that ``args`` names.
+
+    Attributes:
+        objective: the objective in use.
+        run_statistics: `Statistics` of all windows so far.
+        last_surrogate: the `Surrogate` of the last training window of this rank.
+
+    Raises:
+        ConfigError: for settings that cannot work or that have no effect here.
+    """
+
+    _tag_names = ["trl", "fiberpo"]
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: FiberPOConfig,
+        *,
+        objective: Objective | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_config(args)
+        if objective is None:
+            parameters = args.objective_kwargs or {}
+            if not isinstance(parameters, Mapping):
+                raise ConfigError(f"objective_kwargs is {parameters!r}; it must be a dictionary")
+            objective = recipes.from_name(args.objective, **parameters)
+        self.objective = objective
+        self.run_statistics: Statistics | None = None
+        self.last_surrogate: Surrogate | None = None
+        self._domains: list[str] = []
+        self._coefficients: list[Tensor] = []
+        self._phase_one: list[Tensor] = []
+        self._window_loss = 0.0
+        self._place = 0
+        self._last_update_of_rollout = 0
+        super().__init__(model, reward_funcs, args=args, **kwargs)
+        _check_model(self.model, args)
+        self._group: Collective = TorchGroup() if self.accelerator.num_processes > 1 else LOCAL
+        self._announce()
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps taken on each rollout; with 1, every log ratio is 0."""
+        micro = self.args.steps_per_generation * self.num_iterations
+        return int(micro // self.args.gradient_accumulation_steps)
+
+    def _announce(self) -> None:
+        if self.updates_per_rollout > 1:
+            return
+        logger.warning(
+            "GATES ARE INERT: every rollout is used for one optimizer step "
+            "(steps_per_generation = %d, num_iterations = %d, gradient_accumulation_steps = %d), "
+            "so the policy equals its own anchor, every log ratio is 0 and %s acts like the plain "
+            "policy gradient. Raise steps_per_generation or num_iterations.",
+            self.args.steps_per_generation, self.num_iterations,
+            self.args.gradient_accumulation_steps, self.objective.name,
+        )  # fmt: skip
+
+    # -- ids ---------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        training = self.model.training
+        device = output["completion_ids"].device
+        per_group = self.num_generations if training else self.num_generations_eval
+        first = self.accelerator.process_index * len(inputs)
+        rows = torch.arange(first, first + len(inputs), device=device)
+        output["group_id"] = torch.div(rows, per_group, rounding_mode="floor")
+        names = self._domain_names(inputs)
+        for name in sorted(set(gather_object(names)) - set(self._domains)):
+            self._domains.append(name)
+        position = {name: i for i, name in enumerate(self._domains)}
+        output["domain_id"] = torch.tensor([position[n] for n in names], device=device)
+        if training:
+            self._last_update_of_rollout = self.state.global_step
+            self._log_rewards_by_domain(names, per_group)
+        return output
+
+    def _domain_names(self, inputs: Sequence[Mapping[str, Any]]) -> list[str]:
+        column = self.args.domain_column
+        if column is None:
+            column = find_column(inputs[0], DOMAIN_ALIASES, "the domain")
+        elif column not in inputs[0]:
+            raise DataError(f"no column {column!r} for the domain; there are {sorted(inputs[0])}")
+        return ["all"] * len(inputs) if column is None else [str(x[column]) for x in inputs]
+
+    def _log_rewards_by_domain(self, names: Sequence[str], per_group: int) -> None:
+        names = gather_object(list(names))
+        totals = torch.zeros(len(names))
+        for values, weight in zip(
+            (self._logs["rewards"][n] for n in self.reward_func_names),
+            self.reward_weights.tolist(), strict=True,
+        ):  # fmt: skip
+            recent = torch.tensor(list(values)[-len(names) :], dtype=torch.float64)
+            totals = totals + weight * torch.nan_to_num(recent)
+        if len(totals) != len(names):
+            return  # TRL keeps fewer completions in its log than one rollout has
+        for name in sorted(set(names)):
+            mine = torch.tensor([n == name for n in names])
+            self._metrics["train"][f"reward/domain={name}"].append(float(totals[mine].mean()))
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if not (self.model.training and self.args.keep_groups_together):
+            return super()._prepare_inputs(generation_batch)
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        if self._step % generate_every == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            batch = _shuffle_groups(batch)
+            self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    # -- loss --------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        log_probs, entropies, aux_loss = self._log_probs(model, inputs, with_extras=True)
+        mask = _loss_mask(inputs)
+        training = self.model.training
+        if not training:
+            loss = self._evaluate([inputs], [log_probs.detach()], LOCAL).loss
+            self._log_entropy("eval", entropies, mask)
+            return loss.detach().to(log_probs.dtype)
+        place, size = self._place, self.current_gradient_accumulation_steps
+        self._place = (place + 1) % size
+        if place == 0:
+            self._open_window(model, size, log_probs)
+        if self._phase_one:
+            gap = ((log_probs.detach() - self._phase_one[place]).abs() * mask).max()
+            self._log("gate/phase_difference", float(gap))
+        coefficients = self._coefficients[place].to(log_probs.dtype)
+        # masked positions may hold anything: leave them out before multiplying
+        objective = -(coefficients * torch.where(mask, log_probs, 0.0)).sum()
+        # every rank's gradient is averaged afterwards, while the coefficients are those of the sum
+        loss = objective * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / size
+        self._log_entropy("train", entropies, mask)
+        return loss - loss.detach() + self._window_loss / size
+
+    def _open_window(self, model: Any, size: int, first_log_probs: Tensor) -> None:
+        start = self._step % self.args.steps_per_generation
+        window = self._buffered_inputs[start : start + size]
+        fresh = self.state.global_step == self._last_update_of_rollout
+        self._phase_one = []
+        if size == 1:
+            log_probs = [first_log_probs.detach()]
+        elif fresh or "old_per_token_logps" not in window[0]:
+            # nothing has been updated since the rollout: log ratio 0, whatever the log-probs are
+            log_probs = [_old_log_probs(x, torch.zeros_like(first_log_probs)) for x in window]
+        else:
+            with torch.no_grad():
+                log_probs = [self._log_probs(model, x)[0] for x in window]
+            self._phase_one = log_probs
+        surrogate = self._evaluate(window, log_probs, self._group)
+        padded = surrogate.batch.to_padded(surrogate.coefficients)
+        self._add_reference_kl(window, log_probs, surrogate, padded)
+        self._coefficients = list(padded.split([len(x["advantages"]) for x in window]))
+        self._window_loss = float(self._group.total(surrogate.loss.detach().double()))
+        self._log_window(surrogate)
+
+    def _evaluate(
+        self, window: Sequence[dict[str, Any]], log_probs: Sequence[Tensor], group: Collective
+    ) -> Surrogate:
+        current = torch.cat(list(log_probs)).float()
+        old = torch.cat([_old_log_probs(x, p) for x, p in zip(window, log_probs, strict=True)])
+        domains = torch.cat([x["domain_id"] for x in window]).tolist()
+        rollout = None
+        if "sampling_per_token_logps" in window[0]:
+            rollout = torch.cat([x["sampling_per_token_logps"] for x in window])
+            rollout = torch.where(torch.isnan(rollout), old, rollout)  # not scored by the engine
+        batch = RatioBatch.from_padded(
+            current,
+            old.float(),
+            torch.cat([_advantages(x) for x in window]),
+            torch.cat([_loss_mask(x) for x in window]),
+            labels={
+                "domain": [self._domains[i] for i in domains],
+                "group": torch.cat([x["group_id"] for x in window]),
+            },
+            rollout_log_probs=rollout,
+            allow_empty=True,
+        )
+        return self.objective(batch, collective=group)
+
+    def _add_reference_kl(
+        self,
+        window: Sequence[dict[str, Any]],
+        log_probs: Sequence[Tensor],
+        surrogate: Surrogate,
+        padded: Tensor,
+    ) -> None:
+        """Add ``-beta mu_i k3(ref, current)`` to the objective's coefficients, in place."""
+        if self.beta == 0.0:
+            return
+        batch = surrogate.batch
+        reference = torch.cat([x["ref_per_token_logps"] for x in window])[batch.mask]
+        gap = (reference - torch.cat(list(log_probs))[batch.mask]).double()
+        mu = self.objective.weights(batch, collective=self._group)
+        padded += batch.to_padded(-self.beta * mu * (1 - gap.exp()))
+        kl = self._group.total((mu * (torch.expm1(gap) - gap)).sum())
+        self._log("kl", float(kl))
+
+    def _log_probs(
+        self, model: Any, inputs: dict[str, Any], with_extras: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        forwarded = (
+            "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask",
+            "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids",
+            "image_position_ids",
+        )  # fmt: skip
+        return self._get_per_token_logps_and_entropies(
+            model,
+            input_ids,
+            attention,
+            inputs["completion_ids"].size(1),
+            compute_entropy=with_extras,
+            compute_aux_loss=with_extras and self.aux_loss_enabled,
+            **{name: inputs[name] for name in forwarded if name in inputs},
+        )
+
+    # -- logging -----------------------------------------------------------------------------
+
+    def _log(self, name: str, value: float, mode: str = "train") -> None:
+        self._metrics[mode][name].append(value)
+
+    def _log_entropy(self, mode: str, entropies: Tensor | None, mask: Tensor) -> None:
+        assert entropies is not None
+        sums = torch.stack([torch.where(mask, entropies, 0.0).sum(), mask.sum()]).detach()
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if count:
+            self._log("entropy", total / count, mode)
+
+    def _log_window(self, surrogate: Surrogate) -> None:
+        self.last_surrogate = surrogate
+        parts = gather_object([surrogate.statistics.state()])
+        merged = functools.reduce(Statistics.merge, map(Statistics.from_state, parts))
+        before = self.run_statistics
+        self.run_statistics = merged if before is None else before.merge(merged)
+        for name, value in merged.compute().items():
+            self._log(name, value)
+        self._log("trajectories_dropped", self._sum(surrogate.batch.dropped))
+        self._log_clip_ratios(surrogate)
+
+    def _sum(self, value: float) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(self._group.total(tensor))
+
+    def _log_clip_ratios(self, surrogate: Surrogate) -> None:
+        """The host's own panel: tokens whose own gradient is removed or turned round."""
+        advantages = surrogate.batch.advantages
+        stopped = surrogate.weight * surrogate.coefficients <= 0
+        low, high = (stopped & (advantages < 0)).sum(), (stopped & (advantages > 0)).sum()
+        tokens = max(self._sum(len(surrogate.batch)), 1.0)
+        low_share, high_share = self._sum(int(low)) / tokens, self._sum(int(high)) / tokens
+        self._log("clip_ratio/low_mean", low_share)
+        self._log("clip_ratio/high_mean", high_share)
+        self._log("clip_ratio/region_mean", low_share + high_share)
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = f"checkpoint-{self.state.global_step}"
+        path = os.path.join(self._get_output_dir(trial=trial), folder, self._state_file)
+        statistics = self.run_statistics
+        torch.save(
+            {
+                "micro_step": self._step,
+                "buffered_inputs": self._buffered_inputs,
+                "domains": self._domains,
+                "rollout_step": self._last_update_of_rollout,
+                "statistics": None if statistics is None else statistics.state(),
+            },
+            path,
+        )
+
+    @property
+    def _state_file(self) -> str:
+        return STATE_FILE.format(rank=self.accelerator.process_index)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, self._state_file)
+        if not os.path.exists(path):
+            raise ConfigError(
+                f"{checkpoint} has no {self._state_file}: it was not saved by this trainer with "
+                "as many processes, so the rollout in use cannot be continued. Resume with the "
+                "same number of processes, or load the model and start a new run."
+            )
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self._step = state["micro_step"]
+        self._buffered_inputs = state["buffered_inputs"]
+        self._domains = state["domains"]
+        self._last_update_of_rollout = state["rollout_step"]
+        if state["statistics"] is not None:
+            self.run_statistics = Statistics.from_state(state["statistics"])
+
+
+def _old_log_probs(inputs: Mapping[str, Any], current: Tensor) -> Tensor:
+    old = inputs.get("old_per_token_logps")
+    return current.detach() if old is None else old
+
+
+def _loss_mask(inputs: Mapping[str, Any]) -> Tensor:
+    mask = inputs["completion_mask"]
+    return (mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]).bool()
+
+
+def _advantages(inputs: Mapping[str, Any]) -> Tensor:
+    """Advantages; the engine correction of TRL is an independent factor on them."""
+    advantages, correction = inputs["advantages"], inputs.get("importance_sampling_ratio")
+    width = inputs["completion_ids"].shape
+    if correction is None:
+        return advantages if advantages.ndim == 2 else advantages[:, None].expand(width)
+    wide = advantages if advantages.ndim == 2 else advantages[:, None]
+    return (wide * correction).expand(width)
+
+
+def _shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
+    """Permute whole prompt groups; the answers of a group stay side by side."""
+    groups, index = torch.unique(batch["group_id"], return_inverse=True)
+    order = torch.argsort(torch.randperm(len(groups)).to(index.device)[index], stable=True)
+
+    def permute(value: Any) -> Any:
+        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
+            return value
+        return value[order] if isinstance(value, Tensor) else [value[i] for i in order.tolist()]
+
+    return {key: permute(value) for key, value in batch.items()}
+
+
+def _check_config(args: FiberPOConfig) -> None:
+    if not isinstance(args, FiberPOConfig):
+        raise ConfigError(f"args is a {type(args).__name__}; use FiberPOConfig")
+    defaults = {f.name: f.default for f in fields(GRPOConfig)}
+    for name, remedy in REPLACED.items():
+        value = getattr(args, name)
+        if value != defaults[name]:
+            raise ConfigError(
+                f"{name} = {value!r} has no effect on a fiberpo objective; remove it (in its "
+                f"place: {remedy})"
+            )
+    micro, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
+    if micro % accumulation:
+        raise ConfigError(
+            f"steps_per_generation = {micro} is not a multiple of gradient_accumulation_steps = "
+            f"{accumulation}: an optimizer window would span two rollouts. Set "
+            f"steps_per_generation to a multiple of {accumulation} (twice or more for several "
+            "updates per rollout)."
+        )
+
+
+def _check_model(model: torch.nn.Module, args: FiberPOConfig) -> None:
+    if args.gradient_accumulation_steps == 1:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            raise ConfigError(
+                f"{name} is a dropout of {module.p}: the two phases of the exact form need the "
+                "same log-probs twice. Set disable_dropout=True."
+            )
