@@ -74,6 +74,7 @@ def _own_channel(gated: GatedRatio) -> Tensor:
 def _share(gated: GatedRatio) -> Tensor:
     """Part of each context's tokens that this rank holds; 1 in a single process."""
     assert gated.strata is not None
+    assert gated.count is not None
     ones = torch.ones_like(gated.log_ratio)
     here = gated.strata.push_up(gated.strata.leaf_segments.sum(ones)[None])[0]
     return here / gated.count

@@ -47,6 +47,8 @@ def trainer(tmp_path, *, objective=None, dataset=None, model=None, callbacks=Non
         "max_grad_norm": 1e9, "optim": "sgd",
     }  # fmt: skip
     model, tokenizer = model or tiny_model()
+    if isinstance(objective, str):
+        settings["objective"], objective = objective, None
     return FiberPOTrainer(
         model,
         vowels,

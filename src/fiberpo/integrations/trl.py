@@ -21,13 +21,12 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from .. import recipes
@@ -37,54 +36,11 @@ from ..errors import ConfigError, DataError
 from ..objective import Objective, Surrogate
 from ..statistics import Statistics
 from .columns import DOMAIN_ALIASES, find_column
+from .trl_config import FiberPOConfig, check_config, check_model
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "fiberpo_state_rank{rank}.pt"
-
-REPLACED = {
-    "loss_type": "the recipe (objective=...) and its weights",
-    "epsilon": "objective_kwargs={'epsilon': ...}",
-    "epsilon_high": "objective_kwargs={'epsilon_high': ...}",
-    "delta": "objective_kwargs={'dual_clip': ...} of ppo and grpo",
-    "importance_sampling_level": "objective='gspo' for sequence ratios",
-    "off_policy_mask_threshold": "an objective with a mask",
-    "top_entropy_quantile": "nothing yet",
-    "entropy_coef": "nothing yet",
-    "use_adaptive_entropy": "nothing yet",
-    "use_bias_correction_kl": "nothing yet",
-}
-"""Settings of GRPOConfig that mean nothing here, and what takes their place."""
-
-
-@dataclass
-class FiberPOConfig(GRPOConfig):
-    """`trl.GRPOConfig` with the choice of an objective.
-
-    Args:
-        objective: name of a recipe (`fiberpo.recipes`).
-        objective_kwargs: its parameters.
-        domain_column: data column with the domain of a prompt; None looks for ``domain``,
-            ``data_source``, ``task``, ... and takes one domain for all if there is none.
-        keep_groups_together: shuffle whole prompt groups into the windows of a rollout. False
-            shuffles single answers, as TRL does: a group is then spread over several windows, and
-            group gates see only a part of it at a time.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs",
-    ]  # fmt: skip
-
-    objective: str = field(default="fiberpo_domain", metadata={"help": "Name of a recipe."})
-    objective_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Parameters of the recipe."}
-    )
-    domain_column: str | None = field(
-        default=None, metadata={"help": "Data column with the domain of a prompt."}
-    )
-    keep_groups_together: bool = field(
-        default=True, metadata={"help": "Shuffle whole prompt groups into optimizer windows."}
-    )
 
 
 class FiberPOTrainer(GRPOTrainer):
@@ -115,7 +71,7 @@ class FiberPOTrainer(GRPOTrainer):
         objective: Objective | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_config(args)
+        check_config(args)
         if objective is None:
             parameters = args.objective_kwargs or {}
             if not isinstance(parameters, Mapping):
@@ -129,9 +85,10 @@ class FiberPOTrainer(GRPOTrainer):
         self._phase_one: list[Tensor] = []
         self._window_loss = 0.0
         self._place = 0
+        self._buffered_inputs: Any = None
         self._last_update_of_rollout = 0
         super().__init__(model, reward_funcs, args=args, **kwargs)
-        _check_model(self.model, args)
+        check_model(self.model, args)
         self._group: Collective = TorchGroup() if self.accelerator.num_processes > 1 else LOCAL
         self._announce()
 
@@ -213,7 +170,7 @@ class FiberPOTrainer(GRPOTrainer):
         mask = _loss_mask(inputs)
         training = self.model.training
         if not training:
-            loss = self._evaluate([inputs], [log_probs.detach()], LOCAL).loss
+            loss = self._evaluate_window([inputs], [log_probs.detach()], LOCAL).loss
             self._log_entropy("eval", entropies, mask)
             return loss.detach().to(log_probs.dtype)
         place, size = self._place, self.current_gradient_accumulation_steps
@@ -247,14 +204,14 @@ class FiberPOTrainer(GRPOTrainer):
             with torch.no_grad():
                 log_probs = [self._log_probs(model, x)[0] for x in window]
             self._phase_one = log_probs
-        surrogate = self._evaluate(window, log_probs, self._group)
+        surrogate = self._evaluate_window(window, log_probs, self._group)
         padded = surrogate.batch.to_padded(surrogate.coefficients)
         self._add_reference_kl(window, log_probs, surrogate, padded)
         self._coefficients = list(padded.split([len(x["advantages"]) for x in window]))
         self._window_loss = float(self._group.total(surrogate.loss.detach().double()))
         self._log_window(surrogate)
 
-    def _evaluate(
+    def _evaluate_window(
         self, window: Sequence[dict[str, Any]], log_probs: Sequence[Tensor], group: Collective
     ) -> Surrogate:
         current = torch.cat(list(log_probs)).float()
@@ -285,16 +242,24 @@ class FiberPOTrainer(GRPOTrainer):
         surrogate: Surrogate,
         padded: Tensor,
     ) -> None:
-        """Add ``-beta mu_i k3(ref, current)`` to the objective's coefficients, in place."""
+        """Add the coefficients of ``-beta sum_i mu_i k_i`` to the objective's, in place.
+
+        ``k = exp(g) - g - 1`` with ``g = ref - log_probs``, times the policy ratio where TRL's
+        ``use_bias_correction_kl`` is on (its default).
+        """
         if self.beta == 0.0:
             return
         batch = surrogate.batch
         reference = torch.cat([x["ref_per_token_logps"] for x in window])[batch.mask]
         gap = (reference - torch.cat(list(log_probs))[batch.mask]).double()
+        slope = 1 - gap.exp()
+        if self.args.use_bias_correction_kl:
+            slope = -gap * batch.log_ratio.double().exp()
         mu = self.objective.weights(batch, collective=self._group)
-        padded += batch.to_padded(-self.beta * mu * (1 - gap.exp()))
-        kl = self._group.total((mu * (torch.expm1(gap) - gap)).sum())
-        self._log("kl", float(kl))
+        padded += batch.to_padded(-self.beta * mu * slope)
+        sums = torch.stack([(torch.expm1(gap) - gap).sum(), torch.ones_like(gap).sum()])
+        total, count = self._group.total(sums).tolist()
+        self._log("kl", total / max(count, 1.0))
 
     def _log_probs(
         self, model: Any, inputs: dict[str, Any], with_extras: bool = False
@@ -429,33 +394,4 @@ def _shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: permute(value) for key, value in batch.items()}
 
 
-def _check_config(args: FiberPOConfig) -> None:
-    if not isinstance(args, FiberPOConfig):
-        raise ConfigError(f"args is a {type(args).__name__}; use FiberPOConfig")
-    defaults = {f.name: f.default for f in fields(GRPOConfig)}
-    for name, remedy in REPLACED.items():
-        value = getattr(args, name)
-        if value != defaults[name]:
-            raise ConfigError(
-                f"{name} = {value!r} has no effect on a fiberpo objective; remove it (in its "
-                f"place: {remedy})"
-            )
-    micro, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
-    if micro % accumulation:
-        raise ConfigError(
-            f"steps_per_generation = {micro} is not a multiple of gradient_accumulation_steps = "
-            f"{accumulation}: an optimizer window would span two rollouts. Set "
-            f"steps_per_generation to a multiple of {accumulation} (twice or more for several "
-            "updates per rollout)."
-        )
-
-
-def _check_model(model: torch.nn.Module, args: FiberPOConfig) -> None:
-    if args.gradient_accumulation_steps == 1:
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and module.p > 0:
-            raise ConfigError(
-                f"{name} is a dropout of {module.p}: the two phases of the exact form need the "
-                "same log-probs twice. Set disable_dropout=True."
-            )
+__all__ = ["FiberPOConfig", "FiberPOTrainer"]

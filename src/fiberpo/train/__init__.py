@@ -1,0 +1,1 @@
+"""The single-machine training program behind ``fiberpo train``."""

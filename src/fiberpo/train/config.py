@@ -1,0 +1,238 @@
+"""The one configuration of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from ..errors import ConfigError
+from ..objective import Objective
+from ..recipes import from_name
+
+CONFIG_FILE = "config.yaml"
+
+TRAINING_OBJECTIVE = "fiberpo_domain"
+TRAINING_PARAMETERS: Mapping[str, Any] = {
+    "budgets": {"domain": [0.02, 0.015], "group": [0.04, 0.03], "trajectory": [0.12, 0.05]},
+    "epsilon": 0.2,
+    "pessimistic": True,
+}
+"""What ``fiberpo train`` uses unless told otherwise: budgets of the size of the drifts that the
+embedded run shows, and the pessimistic form. The recipes themselves default to the printed form."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; ``config.yaml`` in its directory holds them all.
+
+    Args:
+        name: directory of the run below ``output``; made from objective, model and seed if None.
+        output: where runs are kept.
+        model: ``embedded``, ``smollm2``, a local directory, or a hub id.
+        tasks: domains: the procedural ones (``sum``, ``sort``, ``reverse``, ``boolean``) or
+            ``reasoning_gym:NAME``; all procedural ones if empty.
+        data: own prompts (JSONL, JSON, parquet, data set directory, hub id) in place of tasks.
+        reward: ``file.py:function`` or ``module:function``, in TRL's signature; by default the
+            final answer must equal the data's answer column.
+        domain_column: column of ``data`` with the domain.
+        domain_weights: share of each domain; by default proportional to the square roots of sizes.
+        objective: a recipe of `fiberpo.recipes`.
+        objective_kwargs: its parameters.
+        rollouts: how often answers are sampled.
+        prompts: prompts of one rollout.
+        generations: answers to each prompt.
+        updates_per_rollout: optimizer steps into which a rollout is cut. With 1 (and one pass) no
+            gate can act.
+        passes_per_rollout: how often each rollout is used.
+        micro_batch: answers in one forward pass; None takes a whole update at once.
+        learning_rate: of AdamW without weight decay, constant after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up.
+        max_grad_norm: gradient clipping.
+        temperature: of sampling, in training and on held-out prompts.
+        max_completion_length: tokens of an answer; None takes what the tasks need.
+        bf16: compute in bfloat16 (weights stay float32).
+        sft_steps: steps of supervised fine-tuning before (``smollm2`` only).
+        heldout_prompts: held-out prompts of each domain.
+        heldout_every: rollouts between two evaluations.
+        save_every: rollouts between two checkpoints; the last one is kept.
+        seed: of data, sampling and initialisation.
+        tensorboard, trackio: log there too.
+    """
+
+    name: str | None = None
+    output: str = "runs"
+    model: str = "embedded"
+    tasks: tuple[str, ...] = ()
+    data: str | None = None
+    reward: str | None = None
+    domain_column: str | None = None
+    domain_weights: dict[str, float] | None = None
+    objective: str = TRAINING_OBJECTIVE
+    objective_kwargs: dict[str, Any] = field(default_factory=dict)
+    rollouts: int = 100
+    prompts: int = 64
+    generations: int = 8
+    updates_per_rollout: int = 4
+    passes_per_rollout: int = 1
+    micro_batch: int | None = None
+    learning_rate: float = 1e-4
+    warmup_steps: int = 8
+    max_grad_norm: float = 1.0
+    temperature: float = 1.0
+    max_completion_length: int | None = None
+    bf16: bool = False
+    sft_steps: int = 0
+    heldout_prompts: int = 128
+    heldout_every: int = 25
+    save_every: int = 25
+    seed: int = 0
+    tensorboard: bool = False
+    trackio: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "rollouts", "prompts", "updates_per_rollout", "passes_per_rollout", "heldout_prompts",
+            "heldout_every", "save_every",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.generations < 2:
+            raise ConfigError(
+                f"generations is {self.generations}; advantages compare the answers to one "
+                "prompt, so at least 2 are needed (8 is usual)"
+            )
+        rows = self.prompts * self.generations
+        if rows % self.updates_per_rollout:
+            raise ConfigError(
+                f"updates_per_rollout = {self.updates_per_rollout} does not divide the "
+                f"{rows} answers of a rollout ({self.prompts} prompts x {self.generations})"
+            )
+        if self.rows_per_update % self.rows_per_forward:
+            raise ConfigError(
+                f"micro_batch = {self.micro_batch} does not divide the {self.rows_per_update} "
+                "answers of an update"
+            )
+        if self.learning_rate <= 0 or self.temperature <= 0 or self.max_grad_norm <= 0:
+            raise ConfigError(
+                f"learning_rate = {self.learning_rate}, temperature = {self.temperature}, "
+                f"max_grad_norm = {self.max_grad_norm}: all must be positive"
+            )
+        if self.data is not None and self.tasks:
+            raise ConfigError(f"data = {self.data!r} and tasks = {self.tasks}: give one of them")
+        self.build_objective()
+
+    @property
+    def rows_per_update(self) -> int:
+        """Answers in one optimizer step."""
+        return self.prompts * self.generations // self.updates_per_rollout
+
+    @property
+    def rows_per_forward(self) -> int:
+        """Answers in one forward pass."""
+        return self.micro_batch or self.rows_per_update
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.rollouts * self.updates_per_rollout * self.passes_per_rollout
+
+    @property
+    def run_name(self) -> str:
+        """``name``, or one made of objective, model and seed."""
+        return self.name or f"{self.objective}-{Path(self.model).name}-seed{self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of the run."""
+        return Path(self.output) / self.run_name
+
+    def build_objective(self) -> Objective:
+        """The objective, with the training defaults where nothing was said about it."""
+        parameters = dict(self.objective_kwargs)
+        if self.objective == TRAINING_OBJECTIVE and not parameters:
+            parameters = dict(TRAINING_PARAMETERS)
+        if self.objective == "dr_grpo" and self.max_completion_length:
+            parameters.setdefault("length", self.max_completion_length)
+        return from_name(self.objective, **parameters)
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def save(self, path: Path) -> None:
+        """Write YAML."""
+        values = dataclasses.asdict(self)
+        values["tasks"] = list(self.tasks)
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "embedded": {},
+    "smollm2": {
+        "rollouts": 22, "prompts": 32, "generations": 8, "updates_per_rollout": 2,
+        "micro_batch": 32, "learning_rate": 2e-5, "warmup_steps": 2, "bf16": True, "sft_steps": 9,
+        "heldout_prompts": 32, "heldout_every": 11, "save_every": 11,
+        "max_completion_length": 16,
+    },
+}  # fmt: skip
+"""Values of the settings that fit a bundled model, where they differ from the defaults."""
+
+
+def make_config(
+    file: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """A configuration from the model's preset, then a YAML file, then single values.
+
+    Raises:
+        ConfigError: unknown keys (with a guess at what was meant), values of the wrong type.
+    """
+    given: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(file.read_text()) or {}
+        except FileNotFoundError as error:
+            raise ConfigError(f"no configuration file {file}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file} is not YAML: {error}") from error
+        if not isinstance(loaded, Mapping):
+            raise ConfigError(f"{file} holds a {type(loaded).__name__}, not settings by name")
+        given.update(loaded)
+    given.update(overrides or {})
+    model = given.get("model", TrainConfig.model)
+    values = {**PRESETS.get(str(model), {}), **given}
+    hints, known = get_type_hints(TrainConfig), [f.name for f in fields(TrainConfig)]
+    for key, value in values.items():
+        if key not in known:
+            guess = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {guess[0]!r}?" if guess else f"; there are {', '.join(known)}"
+            raise ConfigError(f"unknown setting {key!r}{hint}")
+        values[key] = _cast(key, value, hints[key])
+    return TrainConfig(**values)
+
+
+def _cast(key: str, value: Any, hint: Any) -> Any:
+    """YAML and JSON lists become tuples, ints become floats; anything else must fit."""
+    if hint == tuple[str, ...]:
+        if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+            raise ConfigError(f"{key} is {value!r}; it is a list of names")
+        return tuple(value)
+    if value is None and type(None) in getattr(hint, "__args__", ()):
+        return None
+    kinds = [k for k in getattr(hint, "__args__", ()) if k is not type(None)] or [hint]
+    kind = getattr(kinds[0], "__origin__", kinds[0])
+    if hint not in (str, bool) and getattr(hint, "__origin__", None) is dict:
+        kind = dict
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{key} is {value!r}; it must be of type {kind.__name__}")
+    return value
