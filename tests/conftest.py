@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     hook = install_import_hook(
         [
             "fiberpo.batch", "fiberpo.budgets", "fiberpo.charts", "fiberpo.gates",
-            "fiberpo.gating", "fiberpo.labels", "fiberpo.masks", "fiberpo.measurement",
+            "fiberpo.gating", "fiberpo.inputs", "fiberpo.labels", "fiberpo.masks", "fiberpo.measurement",
             "fiberpo.objective", "fiberpo.ops", "fiberpo.recipes", "fiberpo.statistics",
             "fiberpo.strata", "fiberpo.weights",
         ],
