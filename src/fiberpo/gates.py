@@ -153,8 +153,8 @@ def budget_clip(drift: Tensor, total: Tensor, multiplicity: Tensor, radius: floa
     """
     bound = multiplicity * radius - (total - drift.abs())
     size = torch.clamp(bound, min=0)
-    passing = drift.abs() <= size
-    exhausted = ~passing & (bound <= 0)
+    exhausted = bound <= 0
+    passing = ~exhausted & (drift.abs() <= size)
     sign = torch.sign(drift.detach())
     value = torch.where(passing, drift, sign * size)
     # while overdrawn the bound itself moves: +|x_i| directly, -total through the state

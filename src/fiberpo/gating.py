@@ -94,7 +94,8 @@ class GateMap:
             log_gated = self.chart.recover(gated_token.value)
             return GatedRatio(self, batch, collective, log_ratio, drift, log_gated, gated_token)
         strata = batch.strata(tuple(self.gates))
-        _warn_if_idle(strata)
+        if collective.size == 1:
+            _warn_if_idle(strata)  # across ranks a context may have other children elsewhere
         omega = self._measure(batch)
         sums = strata.leaf_segments.rows(torch.cat([omega * drift, omega[None]]))
         counts = strata.leaf_segments.sum(torch.ones_like(omega))[None]
@@ -207,6 +208,11 @@ class GatedRatio:
         """Log of what multiplies ``mu_i M_i A_i``: ``log G``, or ``log r`` where pessimistic."""
         return torch.where(self.uses_ratio(), self.log_ratio, self.log_gated_ratio)
 
+    def objective(self, weight: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+        """``J = sum_i weight_i exp(log_factor_i)``; tokens of weight 0 are left out."""
+        factor = torch.where(weight == 0, 0.0, self.log_factor())
+        return (weight * factor.exp()).sum()
+
     @torch.no_grad()
     def pullback(self, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """``dJ/dl`` of ``J = sum_i weight_i exp(log_factor_i)``, in closed form.
@@ -214,16 +220,20 @@ class GatedRatio:
         Args:
             weight: ``mu_i M_i A_i``, float64.
         """
-        chart, uses_ratio = self.gate_map.chart, self.uses_ratio()
-        adjoint = torch.where(uses_ratio, 0.0, weight) * chart.ratio_slope(self.log_gated_ratio)
+        chart, uses_ratio, absent = self.gate_map.chart, self.uses_ratio(), weight == 0
+        # a ratio may overflow where it is masked: left out, never multiplied by 0
+        slope = chart.ratio_slope(torch.where(absent, 0.0, self.log_gated_ratio))
+        adjoint = torch.where(uses_ratio, 0.0, weight) * slope
         at_token = adjoint * self.token.slope
         pulled = at_token
         if self.token.total_slope is not None:
             pulled = pulled + self._pull_states(adjoint * self.token.total_slope)
         if self.strata is not None:
             pulled = pulled + self._pull_contexts(self.strata, adjoint, at_token)
-        direct = torch.where(uses_ratio, weight * self.log_ratio.exp(), 0.0)
-        return direct + (pulled * chart.decompose_slope(self.log_ratio)).sum(0)
+        taken = torch.where(uses_ratio & ~absent, self.log_ratio, 0.0)
+        direct = torch.where(uses_ratio, weight * taken.exp(), 0.0)
+        inward = chart.decompose_slope(self.log_ratio)
+        return direct + torch.where(pulled == 0, 0.0, pulled * inward).sum(0)
 
     def _pull_contexts(self, strata: Strata, adjoint: Tensor, at_token: Tensor) -> Tensor:
         assert self.gated is not None

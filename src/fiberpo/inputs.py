@@ -60,6 +60,8 @@ def check_padded(
 def as_lengths(lengths: Any, tokens: int, device: torch.device) -> Tensor:
     """Token counts that add up."""
     found = torch.as_tensor(lengths)
+    if not found.numel():
+        found = found.long()
     if found.ndim != 1 or found.is_floating_point() or bool((found < 0).any()):
         raise ShapeError(f"lengths must be a list of token counts >= 0, not {lengths!r}")
     if int(found.sum()) != tokens:

@@ -96,12 +96,12 @@ class Objective:
                     f"{collective.size}; use the closed form"
                 )
             gated = self.gate_map(batch, collective)
-            loss = -(weight * gated.log_factor().exp()).sum()
+            loss = -gated.objective(weight)
             coefficients = gated.pullback(weight)
         elif gradient == "closed_form":
             with torch.no_grad():
                 gated = self.gate_map(batch, collective)
-                value = -(weight * gated.log_factor().exp()).sum()
+                value = -gated.objective(weight)
                 coefficients = gated.pullback(weight)
             loss = _Linear.apply(batch.log_probs, value, -coefficients.to(batch.log_probs.dtype))
         else:

@@ -1,0 +1,211 @@
+"""Palette, matplotlib settings, axes and labels of the report's figures."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from fiberpo.report.series import Array, RunSeries, smooth
+from fiberpo.report.tables import MINUS
+
+# Okabe-Ito, without its yellow (too faint on white) and with a grey in its place.
+BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
+PURPLE, ORANGE, SKY, GREY = "#cc79a7", "#e69f00", "#56b4e9", "#7d8590"
+INK, MUTED, GRID = "#1f2731", "#5d6874", "#e1e6eb"
+# Ordered by lightness, so that the three regimes stay apart in greyscale as well.
+PASS, ROLLBACK, ZEROED = "#dfe7ee", "#e8a200", "#0b4f7d"
+
+CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+BUDGET_DASH = (0, (4, 2.5))
+
+CSS_COLORS: dict[str, tuple[str, str, str]] = {
+    "ink": (INK, INK, "#e4e9ee"),
+    "muted": (MUTED, MUTED, "#9aa6b2"),
+    "grid": (GRID, GRID, "#2c353f"),
+    "blue": (BLUE, BLUE, "#4aa8e0"),
+    "vermillion": (VERMILLION, VERMILLION, "#f0824a"),
+    "green": (GREEN, GREEN, "#2fc39b"),
+    "purple": (PURPLE, "#b85f92", "#dd94bb"),
+    "orange": (ORANGE, "#c98b00", "#efb433"),
+    "sky": (SKY, "#2f9bd8", "#8ccdf5"),
+    "grey": (GREY, GREY, "#a3abb5"),
+    "pass": (PASS, PASS, "#2a3540"),
+    "rollback": (ROLLBACK, ROLLBACK, "#e8a200"),
+    "zeroed": (ZEROED, ZEROED, "#86c8f4"),
+}
+"""CSS variable -> colour as drawn, on a light page, on a dark page."""
+
+_RC: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelsize": 8.5,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.width": 0.7,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fiberpo",
+}
+
+Label = tuple[float, str, str]
+"""Height in data coordinates, text and colour of a label at the right edge."""
+
+
+@contextmanager
+def report_style() -> Iterator[None]:
+    """The settings of the report's figures, for the time of a ``with`` block."""
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
+        yield
+
+
+def plain_label(text: object, limit: int = 22) -> str:
+    """``text`` on one line, without control characters, cut to ``limit`` characters."""
+    cleaned = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"
+
+
+def short(value: float) -> str:
+    """Short decimal form for axis and line labels, without a needless exponent."""
+    text = f"{value:.3g}"
+    if "e" in text and 1e-5 <= abs(value) < 1e6:
+        text = f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1 else f"{value:.0f}"
+    return MINUS + text[1:] if text.startswith("-") else text
+
+
+# --- axes --------------------------------------------------------------------------------------
+
+
+def step_axis(ax: Axes, run: RunSeries) -> None:
+    """Optimizer steps of the whole run from left to right."""
+    low, high = run.span
+    ax.set_xlim(low, high + 0.01 * (high - low))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10]))
+    ax.set_xlabel("optimizer step")
+
+
+def number_axis(ax: Axes) -> None:
+    """A few round values from bottom to top, on the limits that are set."""
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+
+
+def log_axis(ax: Axes) -> None:
+    """A logarithmic axis with three to six round values, on the limits that are set."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 1.8, 2, 2.5)):
+        ticks = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k <= high]
+        if len(ticks) >= 3:
+            break
+    ax.yaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 6) or 1]))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def percent_axis(ax: Axes, top: float = 1.0) -> None:
+    """Shares from none to ``top``, with a value in the middle."""
+    ax.set_ylim(0, top)
+    ax.set_yticks([0, top / 2, top])
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
+
+
+# --- curves and their labels -------------------------------------------------------------------
+
+
+def line(ax: Axes, x: Array, y: Array, color: str, **kwargs: Any) -> None:
+    """A curve, as a marker where it has a single point."""
+    ax.plot(x, y, color=color, marker="o" if len(x) == 1 else None, markersize=3.5, **kwargs)
+
+
+def smooth_line(ax: Axes, x: Array, y: Array, color: str) -> float:
+    """The curve, light, and its moving average; returns the last value of the average."""
+    smoothed = smooth(y)
+    if smoothed is not y:
+        ax.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
+    line(ax, x, smoothed, color)
+    return float(smoothed[-1])
+
+
+def edge_label(ax: Axes, text: str, height: float, **kwargs: Any) -> None:
+    """Text right of the axes, at a share of their height."""
+    ax.annotate(
+        text,
+        xy=(1.0, height),
+        xycoords="axes fraction",
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        annotation_clip=False,
+        **kwargs,
+    )
+
+
+def end_labels(ax: Axes, labels: Sequence[Label], size: float = 8.5) -> None:
+    """Names at the right edge, each at the height of its curve's end, pushed apart."""
+    ax.apply_aspect()
+    points = ax.bbox.height * 72 / ax.figure.dpi
+    gap = 1.25 * size / max(points * 0.9, 1.0)
+    to_axes = ax.transData + ax.transAxes.inverted()
+    heights = [float(to_axes.transform((0.0, y))[1]) for y, _, _ in labels]
+    order = np.argsort(heights, kind="stable").tolist()
+    placed = _spread([min(max(heights[i], 0.0), 1.0) for i in order], gap)
+    for i, height in zip(order, placed, strict=True):
+        _, text, color = labels[i]
+        edge_label(ax, text, height, color=color, fontsize=size)
+
+
+def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Positions at least ``gap`` apart, as near as possible to the (ascending) wanted ones."""
+    # Labels that touch form a block whose centre is the mean of what its members want.
+    blocks: list[tuple[float, int]] = []
+    for value in wanted:
+        centre, size = value, 1
+        while blocks and blocks[-1][0] + gap * (blocks[-1][1] + size) / 2 > centre:
+            other, count = blocks.pop()
+            centre = (other * count + centre * size) / (count + size)
+            size += count
+        blocks.append((centre, size))
+    positions = [
+        centre + gap * (index - (size - 1) / 2) for centre, size in blocks for index in range(size)
+    ]
+    ceiling = 1.02
+    for index in range(len(positions) - 1, -1, -1):
+        positions[index] = min(positions[index], ceiling)
+        ceiling = positions[index] - gap
+    return positions
