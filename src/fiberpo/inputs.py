@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import FiberPOWarning, NonFiniteError, ShapeError, StrataError
-from .labels import RESERVED, TOKEN_LEVEL, Label, encode
+from .labels import RESERVED, ROW_LEVEL, TOKEN_LEVEL, Label, encode
 
 
 def check_vector(name: str, tensor: Tensor) -> None:
@@ -161,10 +162,12 @@ def packed_label(
             f"and {tokens} tokens. Pass one id a trajectory, or one a token for a stratum below "
             "the trajectory."
         )
-    if name in TOKEN_LEVEL and len(codes) != tokens:
+    expected = tokens if name in TOKEN_LEVEL else trajectories if name in ROW_LEVEL else len(codes)
+    if len(codes) != expected:
+        kind = "tokens" if name in TOKEN_LEVEL else "trajectories"
         raise StrataError(
-            f'labels["{name}"] has {len(codes)} entries, but "{name}" is a label of tokens and '
-            f"there are {tokens} of them"
+            f'labels["{name}"] has {len(codes)} entries, but "{name}" is a label of {kind} and '
+            f"there are {expected} of them"
         )
     per_token = len(codes) == tokens and (name in TOKEN_LEVEL or tokens != trajectories)
     return Label(name, codes, values, per_token)
@@ -173,16 +176,34 @@ def packed_label(
 def padded_label(name: str, ids: Any, shape: tuple[int, ...], mask: Tensor) -> Label:
     """A label with one id a row, or ``[B, T]`` ids."""
     _check_name(name)
+    if _shape(ids) == shape and name not in ROW_LEVEL:
+        return Label(name, *encode(name, _under(mask, ids), mask.device), per_token=True)
     codes, values = encode(name, ids, mask.device)
-    if tuple(codes.shape) == shape:
-        label = Label(name, codes[mask], values, per_token=True)
-        return label.select(torch.ones_like(label.codes, dtype=torch.bool))
     if tuple(codes.shape) != shape[:1] or name in TOKEN_LEVEL:
         raise StrataError(
             f'labels["{name}"] has {_entries(codes)}, but there are {shape[0]} trajectories '
             f"(0..{shape[0] - 1}). Pass one id a row, or [B, T] ids below the trajectory."
         )
     return Label(name, codes, values, per_token=False)
+
+
+def _shape(ids: Any) -> tuple[int, ...]:
+    if isinstance(ids, (Tensor, np.ndarray)):
+        return tuple(ids.shape)
+    if ids and isinstance(ids[0], (list, tuple)):
+        widths = {len(row) for row in ids}
+        return (len(ids), *widths) if len(widths) == 1 else ()
+    return (len(ids),)
+
+
+def _under(mask: Tensor, ids: Any) -> Any:
+    """The ids on loss tokens: what stands under the mask may be anything."""
+    if isinstance(ids, Tensor):
+        return ids.to(mask.device)[mask]
+    if isinstance(ids, np.ndarray):
+        return ids[mask.cpu().numpy()]
+    rows = zip(ids, mask.tolist(), strict=True)
+    return [e for row, kept in rows for e, k in zip(row, kept, strict=True) if k]
 
 
 def _entries(codes: Tensor) -> str:

@@ -22,6 +22,9 @@ from .errors import StrataError
 CANONICAL_ORDER = ("domain", "group", "trajectory", "turn")
 """Strata whose place is known, coarse to fine, in whatever order the caller lists them."""
 
+ROW_LEVEL = frozenset({"domain", "group"})
+"""Labels that are always read one entry a trajectory."""
+
 TOKEN_LEVEL = frozenset({"turn", "state"})
 """Labels that are always read one entry a token."""
 
@@ -116,7 +119,8 @@ def encode(name: str, entries: Any, device: torch.device) -> tuple[Tensor, Any]:
         entries = torch.from_numpy(entries)
     if not isinstance(entries, Tensor):
         listed = entries.tolist() if isinstance(entries, np.ndarray) else list(entries)
-        if any(isinstance(e, str) for e in _flat(listed)):
+        flat = _flat(listed)
+        if any(isinstance(e, str) for e in flat) or all(e is None for e in flat):
             return _encode_strings(name, listed, device)
         try:
             entries = torch.tensor(listed)

@@ -117,9 +117,9 @@ def _divergences(means: dict[str, Moments], name: str, log_ratio: Tensor, suffix
 
 
 def _tokens_by_domain(batch: RatioBatch) -> dict[str, Tensor]:
-    """Metric suffix -> tokens, for each of several domains."""
+    """Metric suffix -> tokens, for each domain."""
     label = batch.labels.get("domain")
-    if label is None or label.per_token or not 1 < label.count <= MOST_DOMAINS:
+    if label is None or label.per_token or not label.count <= MOST_DOMAINS:
         return {}
     codes = label.codes[batch.trajectory]
     return {f"/domain={label.value(i)}": codes == i for i in range(label.count)}

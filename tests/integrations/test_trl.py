@@ -250,7 +250,8 @@ def test_reference_kl_enters_the_gradient(tmp_path, corrected):
     start = str(tmp_path / "start")
     ours = trainer(
         tmp_path / "a", objective=fiberpo.recipes.grpo(), keep_groups_together=False, beta=5.0,
-        use_bias_correction_kl=corrected, per_device_train_batch_size=8, gradient_accumulation_steps=2, steps_per_generation=8,
+        use_bias_correction_kl=corrected, per_device_train_batch_size=8,
+        gradient_accumulation_steps=2, steps_per_generation=8,
         model=(start, tokenizer),
     )  # fmt: skip
     ours.train()

@@ -13,15 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import ConfigError
 from .config import TrainConfig
-from .data import (
-    ReasoningGymReward,
-    load_data,
-    load_function,
-    mix_indices,
-    reasoning_gym_rows,
-    split_held_out,
-)
+from .data import load_data
 from .embedded import load_embedded
+from .gym import ReasoningGymReward, reasoning_gym_rows
+from .mixing import mix_indices, split_held_out
+from .rewards import load_function
 from .sft import short_sft
 from .smollm import chat_rows, load_smollm
 from .tasks import DOMAINS, MAX_COMPLETION_TOKENS, exact_answer, make_rows

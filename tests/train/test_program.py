@@ -1,0 +1,238 @@
+"""``fiberpo train`` as its user meets it, on a random 50k-parameter model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fiberpo.cli import app, main
+from fiberpo.train.callbacks import MetricsFile, RunCallback
+from fiberpo.train.config import make_config
+from fiberpo.train.program import train
+from integrations.tiny import tiny_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::fiberpo.FiberPOWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+]
+
+REWARD = """
+def vowels(prompts, completions, domain, **columns):
+    return [sum(c in "aeiou0123" for c in text) / 8 for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A model directory and a reward file."""
+    folder = tmp_path_factory.mktemp("start")
+    model, tokenizer = tiny_model(max_position_embeddings=128)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def settings(start, output, **overrides):
+    values = {
+        "model": str(start / "model"), "reward": f"{start}/reward.py:vowels", "name": "run",
+        "output": str(output), "rollouts": 3, "prompts": 8, "generations": 4, "heldout_prompts": 4,
+        "heldout_every": 2, "save_every": 1, "learning_rate": 3e-3, "max_completion_length": 8,
+    }  # fmt: skip
+    return make_config(None, {**values, **overrides})
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_behind(start, tmp_path):
+    """Report, picture, metrics, summary, configuration, checkpoint."""
+    config = settings(start, tmp_path)
+    summary = train(config, progress=False, say=lambda line: None)
+    assert summary["steps"] == 12
+    assert not summary["interrupted"]
+    assert set(summary["heldout_after"]) == {"sum", "sort", "reverse", "boolean", "mean"}
+    assert {row["stratum"] for row in summary["strata"]} == {
+        "domain", "group", "trajectory", "token"
+    }  # fmt: skip
+    names = {p.name for p in config.run_dir.iterdir()}
+    assert {
+        "report.html", "report.png", "metrics.jsonl", "summary.json", "config.yaml", "checkpoint-12"
+    } <= names  # fmt: skip
+    records = lines(config.run_dir)
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 13))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 8]
+    assert [r["rollout"] for r in records if r["kind"] == "train"] == [i // 4 for i in range(12)]
+    assert make_config(config.run_dir / "config.yaml") == config
+
+
+def test_resume_gives_the_numbers_of_an_uninterrupted_run(start, tmp_path, monkeypatch):
+    """Interrupted in the middle of the second rollout, resumed: same metrics, same weights."""
+    whole = settings(start, tmp_path / "a")
+    train(whole, progress=False, say=lambda line: None)
+    cut = settings(start, tmp_path / "b")
+    original = RunCallback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RunCallback, "on_step_end", interrupt)
+    half = train(cut, progress=False, say=lambda line: None)
+    assert half["interrupted"]
+    assert half["steps"] == 6
+    assert half["heldout_after"] is None
+    assert (cut.run_dir / "report.html").exists()
+    monkeypatch.setattr(RunCallback, "on_step_end", original)
+    summary = train(cut, resume=True, progress=False, say=lambda line: None)
+    assert not summary["interrupted"]
+
+    def numbers(config):
+        volatile = ("step_time", "epoch")
+        return [
+            {k: v for k, v in record.items() if k not in volatile}
+            for record in lines(config.run_dir)
+        ]
+
+    assert numbers(whole) == numbers(cut)
+    expected = json.loads((whole.run_dir / "summary.json").read_text())
+    assert summary["heldout_after"] == expected["heldout_after"]
+    assert summary["strata"] == expected["strata"]
+    weights = [
+        torch.load(c.run_dir / "checkpoint-12" / "optimizer.pt", weights_only=True)["state"]
+        for c in (whole, cut)
+    ]
+    for a, b in zip(weights[0].values(), weights[1].values(), strict=True):
+        assert torch.equal(a["exp_avg"], b["exp_avg"])
+
+
+def test_same_seed_same_run_other_seed_other_run(start, tmp_path):
+    """``seed`` makes a run repeatable."""
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        config = settings(start, tmp_path / name, seed=seed, rollouts=1)
+        train(config, progress=False, say=lambda line: None)
+        runs[name] = [r["grad_norm"] for r in lines(config.run_dir) if r["kind"] == "train"]
+    assert runs["a"] == runs["b"] != runs["c"]
+
+
+def test_one_update_per_rollout_is_said(start, tmp_path):
+    """No gate can act: the program says so before it starts."""
+    said = []
+    config = settings(start, tmp_path, updates_per_rollout=1, rollouts=1)
+    train(config, progress=False, say=said.append)
+    assert any("no gate can act" in line for line in said)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "gspo", "dapo", "ppo", "fiberpo", "apc", "dr_grpo"])
+def test_any_recipe_runs_on_the_same_path(start, tmp_path, objective):
+    """Baselines take the same trainer."""
+    config = settings(start, tmp_path, objective=objective, rollouts=1, micro_batch=4)
+    summary = train(config, progress=False, say=lambda line: None)
+    assert summary["objective"].startswith(f"{objective}(")
+    assert summary["strata"]
+
+
+def test_a_used_directory_is_not_overwritten(start, tmp_path):
+    """The error names the three ways out; a foreign directory is never removed."""
+    config = settings(start, tmp_path, rollouts=1)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="--resume .* --overwrite"):
+        train(config, progress=False, say=lambda line: None)
+    with pytest.raises(ValueError, match="is not a run"):
+        train(config, overwrite=True, progress=False, say=lambda line: None)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        train(config, resume=True, progress=False, say=lambda line: None)
+    assert (config.run_dir / "notes.txt").read_text() == "mine"
+
+
+def test_metrics_file_forgets_what_came_after_the_checkpoint(tmp_path):
+    """Lines after the checkpoint and a torn last line go; NaN is left out."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    metrics = MetricsFile(path, resume_step=2)
+    metrics.write("train", 3, 0, {"a": float("nan"), "b": 1.5})
+    metrics.close()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert records == [
+        {"step": 1},
+        {"step": 2},
+        {"kind": "train", "step": 3, "rollout": 0, "b": 1.5},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--objective", "fibrepo"], "unknown objective 'fibrepo'"),
+        (["--set", "promts=3"], "did you mean 'prompts'"),
+        (["--set", "prompts=many"], "prompts is 'many'"),
+        (["--budget", "domain=3"], "domain=0.02,0.015"),
+        (["--budget", "domain=-1,1"], "must be > 0"),
+        (["--task", "sums"], "unknown task 'sums'"),
+        (["--model", "no/such-model"], "cannot load the model"),
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--set", "generations=1"], "generations is 1"),
+        (["--set", "updates_per_rollout=7"], "does not divide"),
+        (["--resume", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_end_without_a_traceback(tmp_path, arguments, said, monkeypatch, capsys):
+    """Exit code 2 and one line that quotes the value."""
+    command = ["fiberpo", "train", "--output", str(tmp_path / "runs"), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("fiberpo: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_is_installed():
+    """``python -m fiberpo`` is the same program."""
+    command = [sys.executable, "-m", "fiberpo", "train", "--set", "promts=3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "did you mean 'prompts'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_has_an_example():
+    """Every command says what it does and shows how."""
+    for command in ("train", "warmstart"):
+        result = CliRunner().invoke(app, [command, "--help"])
+        assert result.exit_code == 0
+        assert f"Example: fiberpo {command}" in " ".join(result.output.split())
+
+
+def test_version():
+    """``fiberpo --version`` prints it."""
+    import fiberpo
+
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.output.strip() == f"fiberpo {fiberpo.__version__}"
+
+
+def test_running_from_another_directory(start, tmp_path):
+    """A run directory is relative to where the command is given."""
+    config = settings(start, "runs", rollouts=1)
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        train(config, progress=False, say=lambda line: None)
+    finally:
+        os.chdir(here)
+    assert (tmp_path / "runs" / "run" / "report.html").exists()
