@@ -6,10 +6,9 @@ multiplied by zero, and may hold anything) and `RatioBatch.to_padded` puts it ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +17,7 @@ from torch import Tensor
 from . import inputs
 from . import strata as strata_module
 from .errors import EmptyBatchError, ShapeError, StrataError
+from .inputs import Input
 from .labels import GLOBAL_TOKEN_LEVEL, Label, order_strata
 from .ops.segments import Segments
 from .strata import Strata
@@ -109,13 +109,14 @@ class RatioBatch:
     @classmethod
     def from_packed(
         cls,
-        log_probs: Tensor,
-        old_log_probs: Tensor,
-        advantages: Tensor,
-        lengths: Any,
+        log_probs: Input,
+        old_log_probs: Input,
+        advantages: Input,
+        lengths: Input,
         *,
-        labels: Mapping[str, Any] | None = None,
-        rollout_log_probs: Tensor | None = None,
+        labels: Input = None,
+        rollout_log_probs: Input = None,
+        token_labels: Collection[str] = (),
         allow_empty: bool = False,
     ) -> RatioBatch:
         """A batch from tokens laid end to end.
@@ -130,6 +131,9 @@ class RatioBatch:
                 fine) or one id a token (``turn`` and other strata below the trajectory, ``state``).
                 ``domain``, ``group``, ``trajectory``, ``turn`` are put in this order by themselves.
             rollout_log_probs: ``[N]`` log-probs of the engine that sampled, nats.
+            token_labels: names of your own labels below the trajectory. Needed only where a batch
+                may have as many tokens as trajectories (a rank that holds none, answers of one
+                token), since otherwise the length tells.
             allow_empty: accept a batch without a single token (a rank that holds none).
 
         Raises:
@@ -141,8 +145,8 @@ class RatioBatch:
         lengths = inputs.as_lengths(lengths, tokens, device)
         advantages = inputs.packed_advantages(advantages, tokens, lengths)
         encoded = {
-            name: inputs.packed_label(name, ids, len(lengths), tokens, device)
-            for name, ids in (labels or {}).items()
+            name: inputs.packed_label(name, ids, len(lengths), tokens, device, token_labels)
+            for name, ids in inputs.as_labels(labels).items()
         }
         return cls._checked(
             log_probs, old_log_probs, advantages, lengths, encoded, rollout_log_probs, allow_empty
@@ -151,13 +155,13 @@ class RatioBatch:
     @classmethod
     def from_padded(
         cls,
-        log_probs: Tensor,
-        old_log_probs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
+        log_probs: Input,
+        old_log_probs: Input,
+        advantages: Input,
+        mask: Input,
         *,
-        labels: Mapping[str, Any] | None = None,
-        rollout_log_probs: Tensor | None = None,
+        labels: Input = None,
+        rollout_log_probs: Input = None,
         allow_empty: bool = False,
     ) -> RatioBatch:
         """A batch from rows of equal width; one row is one trajectory.
@@ -184,7 +188,7 @@ class RatioBatch:
             mask.sum(1),
             {
                 name: inputs.padded_label(name, ids, shape, mask)
-                for name, ids in (labels or {}).items()
+                for name, ids in inputs.as_labels(labels).items()
             },
             None if rollout_log_probs is None else rollout_log_probs.to(device)[mask],
             allow_empty,

@@ -180,7 +180,8 @@ def warmstart(
 
     report = run(output, seed=seed)
     for kind in ("greedy", "sampled"):
-        print(f"{kind:8}", report.get(kind) or report.get(f"heldout_{kind}"))
+        accuracy = ", ".join(f"{k} {v:.3f}" for k, v in report[f"{kind}_accuracy"].items())
+        print(f"{kind:8} {accuracy}")
 
 
 def main() -> None:

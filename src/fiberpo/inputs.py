@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,11 @@ from torch import Tensor
 from .errors import FiberPOWarning, NonFiniteError, ShapeError, StrataError
 from .labels import RESERVED, ROW_LEVEL, TOKEN_LEVEL, Label, encode
 
+Input = Any
+"""What a caller may hand in: checked here, with messages of its own, and not by annotations."""
 
-def check_vector(name: str, tensor: Tensor) -> None:
+
+def check_vector(name: str, tensor: Input) -> None:
     """Floating point, one dimension."""
     if not isinstance(tensor, Tensor) or tensor.ndim != 1 or not tensor.is_floating_point():
         found = f"type {type(tensor).__name__}"
@@ -26,7 +29,7 @@ def check_vector(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_like(name: str, tensor: Tensor, log_probs: Tensor) -> None:
+def check_like(name: str, tensor: Input, log_probs: Tensor) -> None:
     """As long as ``log_probs`` and on its device."""
     check_vector(name, tensor)
     if tensor.shape != log_probs.shape:
@@ -39,15 +42,18 @@ def check_like(name: str, tensor: Tensor, log_probs: Tensor) -> None:
 
 
 def check_padded(
-    log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, rollout_log_probs: Tensor | None
+    log_probs: Input, old_log_probs: Input, mask: Input, rollout_log_probs: Input
 ) -> tuple[int, ...]:
     """The common shape ``(B, T)``."""
+    others = {"old_log_probs": old_log_probs, "mask": mask, "rollout_log_probs": rollout_log_probs}
+    for name, tensor in {"log_probs": log_probs, **others}.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name == "rollout_log_probs"):
+            raise ShapeError(f"{name} is a {type(tensor).__name__}; pass a torch tensor [B, T]")
     if log_probs.ndim != 2:
         raise ShapeError(
             f"log_probs has shape {tuple(log_probs.shape)}; from_padded takes [B, T] (use "
             "from_packed for tokens laid end to end)"
         )
-    others = {"old_log_probs": old_log_probs, "mask": mask, "rollout_log_probs": rollout_log_probs}
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != log_probs.shape:
             raise ShapeError(
@@ -60,7 +66,7 @@ def check_padded(
 
 def as_lengths(lengths: Any, tokens: int, device: torch.device) -> Tensor:
     """Token counts that add up."""
-    found = torch.as_tensor(lengths)
+    found = _tensor("lengths", lengths)
     if not found.numel():
         found = found.long()
     if found.ndim != 1 or found.is_floating_point() or bool((found < 0).any()):
@@ -85,7 +91,7 @@ def as_mask(mask: Tensor) -> Tensor:
 
 def packed_advantages(advantages: Any, tokens: int, lengths: Tensor) -> Tensor:
     """One advantage a token, from one a token or one a trajectory."""
-    advantages = torch.as_tensor(advantages)
+    advantages = _tensor("advantages", advantages)
     if tuple(advantages.shape) not in {(tokens,), (len(lengths),)}:
         raise ShapeError(
             f"advantages has shape {tuple(advantages.shape)}, but there are {tokens} tokens in "
@@ -106,7 +112,7 @@ def packed_advantages(advantages: Any, tokens: int, lengths: Tensor) -> Tensor:
 
 def padded_advantages(advantages: Any, shape: tuple[int, ...]) -> Tensor:
     """``[B, T]``, from that or ``[B]``."""
-    advantages = torch.as_tensor(advantages)
+    advantages = _tensor("advantages", advantages)
     if tuple(advantages.shape) not in {shape, shape[:1]}:
         raise ShapeError(
             f"advantages has shape {tuple(advantages.shape)}; pass [B] = {shape[:1]} or "
@@ -150,10 +156,31 @@ def check_finite(tensors: Mapping[str, Tensor | None], lengths: Tensor) -> None:
         )
 
 
+def as_labels(labels: Any) -> Mapping[str, Any]:
+    """A mapping from stratum to ids; None is none."""
+    if labels is None:
+        return {}
+    if not isinstance(labels, Mapping):
+        raise StrataError(
+            f"labels is a {type(labels).__name__}; it maps names of strata to ids, "
+            'labels={"group": ids}'
+        )
+    return labels
+
+
 def packed_label(
-    name: str, ids: Any, trajectories: int, tokens: int, device: torch.device
+    name: str,
+    ids: Any,
+    trajectories: int,
+    tokens: int,
+    device: torch.device,
+    token_labels: Collection[str],
 ) -> Label:
-    """A label with one id a trajectory or one a token."""
+    """A label with one id a trajectory or one a token.
+
+    The length tells which, but for a batch with as many tokens as trajectories, where only the
+    names in ``TOKEN_LEVEL`` and ``token_labels`` are read as one a token.
+    """
     _check_name(name)
     codes, values = encode(name, ids, device)
     if codes.ndim != 1 or len(codes) not in (trajectories, tokens):
@@ -162,14 +189,15 @@ def packed_label(
             f"and {tokens} tokens. Pass one id a trajectory, or one a token for a stratum below "
             "the trajectory."
         )
-    expected = tokens if name in TOKEN_LEVEL else trajectories if name in ROW_LEVEL else len(codes)
+    declared = name in TOKEN_LEVEL or name in token_labels
+    expected = tokens if declared else trajectories if name in ROW_LEVEL else len(codes)
     if len(codes) != expected:
-        kind = "tokens" if name in TOKEN_LEVEL else "trajectories"
+        kind = "tokens" if declared else "trajectories"
         raise StrataError(
             f'labels["{name}"] has {len(codes)} entries, but "{name}" is a label of {kind} and '
             f"there are {expected} of them"
         )
-    per_token = len(codes) == tokens and (name in TOKEN_LEVEL or tokens != trajectories)
+    per_token = declared or len(codes) == tokens != trajectories
     return Label(name, codes, values, per_token)
 
 
@@ -204,6 +232,13 @@ def _under(mask: Tensor, ids: Any) -> Any:
         return ids[mask.cpu().numpy()]
     rows = zip(ids, mask.tolist(), strict=True)
     return [e for row, kept in rows for e, k in zip(row, kept, strict=True) if k]
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(f"{name} is {values!r}; pass numbers, as a tensor or a list") from error
 
 
 def _entries(codes: Tensor) -> str:

@@ -96,17 +96,21 @@ class ContextNames:
     def find(self, value: str) -> Int[Tensor, " matches"]:
         """Contexts that carry the label value ``value`` (none, one, or one a trajectory)."""
         if self.label is None:
-            matches = [int(value)] if value.isdigit() and int(value) < self.count else []
+            matches = [int(value)] if _is_id(value) and int(value) < self.count else []
             return torch.tensor(matches, dtype=torch.long)
         if isinstance(self.label.values, tuple):
             codes = [i for i, v in enumerate(self.label.values) if v == value]
         else:
-            hit = self.label.values == int(value) if value.isdigit() else None
+            hit = self.label.values == int(value) if _is_id(value) else None
             codes = [] if hit is None else hit.nonzero().flatten().tolist()
         wanted = torch.tensor(codes, dtype=torch.long, device=self.label.codes.device)
         if self.local is None:
             return wanted
         return torch.isin(self.local % self.label.count, wanted).nonzero().flatten()
+
+
+def _is_id(value: str) -> bool:
+    return value.isascii() and value.isdigit()
 
 
 def encode(name: str, entries: Any, device: torch.device) -> tuple[Tensor, Any]:
@@ -117,6 +121,10 @@ def encode(name: str, entries: Any, device: torch.device) -> tuple[Tensor, Any]:
     """
     if isinstance(entries, np.ndarray) and entries.dtype.kind not in "OUS":
         entries = torch.from_numpy(entries)
+    if not isinstance(entries, (Tensor, np.ndarray, Sequence)) or isinstance(entries, str):
+        raise StrataError(
+            f'labels["{name}"] is {entries!r}; pass a tensor or a list with one id an entry'
+        )
     if not isinstance(entries, Tensor):
         listed = entries.tolist() if isinstance(entries, np.ndarray) else list(entries)
         flat = _flat(listed)
@@ -165,6 +173,11 @@ def _encode_strings(name: str, listed: Sequence[Any], device: torch.device) -> t
     position = {value: i for i, value in enumerate(values)}
     codes = torch.tensor([-1 if e is None else position[e] for e in flat], dtype=torch.long)
     nested = bool(listed) and isinstance(listed[0], (list, tuple, np.ndarray))
+    if nested and len({len(row) for row in listed}) > 1:
+        raise StrataError(
+            f'labels["{name}"] has rows of different lengths; pad them to [B, T] (what stands '
+            "under the mask may be anything)"
+        )
     shape = (len(listed), -1) if nested else (-1,)
     return codes.reshape(shape).to(device), values
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .batch import RatioBatch
 from .charts import SignedLog
-from .gates import Regime
+from .gates import Regime, Zero
 from .gating import GatedRatio
 from .statistics import Histogram, Moments, Statistics
 from .strata import Strata
@@ -24,16 +24,22 @@ def measure(
 
     ``gate/<stratum>/{pass,rollback,zeroed}_frac`` are fractions of contexts (of tokens at the token
     stratum), each context counted once by the worst regime of its channels; ``gate/active`` is the
-    fraction of tokens on whose path some gate does not pass. ``gate/gradient_*`` compare the
+    fraction of tokens on whose path some gate does not pass (`Zero`, which removes a component by
+    construction, does not count). ``gate/gradient_*`` compare the
     coefficients with those of the ungated objective ``mu A r``, weighed by their size.
     """
     means: dict[str, Moments] = {}
     drifts: dict[str, tuple[Moments, Histogram]] = {}
+    gates = gated.gate_map.gates
     active = _worst(gated.token.regime) > 0
+    if isinstance(gated.gate_map.token, Zero):
+        active = torch.zeros_like(active)
     if gated.strata is not None and gated.gated is not None and gated.residual is not None:
         strata = gated.strata
         worst = _worst(gated.gated.regime)
-        blocked = strata.sum_path((worst > 0).double()[None])
+        counts = torch.tensor([not isinstance(gates[name], Zero) for name in strata.names])
+        acting = (worst > 0) & counts.to(worst.device)[strata.stratum]
+        blocked = strata.sum_path(acting.double()[None])
         active = active | (strata.at_tokens(blocked)[0] > 0)
         share = _share(gated)
         for k, name in enumerate(strata.names):

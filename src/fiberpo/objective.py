@@ -19,7 +19,7 @@ from torch import Tensor
 from .batch import RatioBatch
 from .collective import LOCAL, Collective
 from .errors import ObjectiveError
-from .gates import Regime
+from .gates import BudgetClip, Regime
 from .gating import GatedRatio, GateMap
 from .masks import SequenceMask
 from .measurement import measure
@@ -84,6 +84,8 @@ class Objective:
         Returns:
             `Surrogate`; ``loss.backward()`` sends the exact gradient into ``batch.log_probs``.
         """
+        if denominators is not None:
+            self._check_parts(batch)
         with torch.no_grad():
             weight = self.weights(batch, denominators, collective) * batch.advantages.double()
             if self.mask is not None:
@@ -107,6 +109,20 @@ class Objective:
         else:
             raise ObjectiveError(f"gradient is {gradient!r}; use 'closed_form' or 'autograd'")
         return Surrogate(self, batch, loss, coefficients, gated, weight)
+
+    def _check_parts(self, batch: RatioBatch) -> None:
+        names = [n for n in self.gate_map.gates if n in batch.labels]
+        token = self.gate_map.token
+        if isinstance(token, BudgetClip) and token.states in batch.labels:
+            names.append(token.states)
+        cut = [n for n in names if any(batch.strata([n]).shared)]
+        if cut:
+            raise ObjectiveError(
+                f"denominators say that this batch is a part, but contexts of {cut} may reach into "
+                "the other parts, where their drift is not known. Call the objective once on the "
+                "whole batch (log-probs without graph) and backpropagate "
+                "-(coefficients * log_probs).sum() part by part."
+            )
 
     def __str__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items() if v is not None)

@@ -110,8 +110,8 @@ def dapo(
 
 
 def gspo(
-    epsilon: float = 3e-4,
-    epsilon_high: float | None = 4e-4,
+    epsilon: float | None = None,
+    epsilon_high: float | None = None,
     *,
     sign_aware: bool = True,
     weights: Aggregation = "trajectory_mean",
@@ -123,13 +123,18 @@ def gspo(
     over the trajectory.
 
     Args:
-        epsilon, epsilon_high: offsets from 1 of ``s``. They are far smaller than PPO's: a mean over
-            a trajectory moves far less than a token.
+        epsilon, epsilon_high: offsets from 1 of ``s``; 3e-4 and 4e-4 if neither is given,
+            symmetric if only ``epsilon`` is. They are far smaller than PPO's: a mean over a
+            trajectory moves far less than a token.
         sign_aware, weights, mask: as in `ppo`.
 
     References:
         Group Sequence Policy Optimization, arXiv 2507.18071.
     """
+    if epsilon is None:
+        if epsilon_high is not None:
+            raise ObjectiveError(f"epsilon_high = {epsilon_high} without epsilon; give both")
+        epsilon, epsilon_high = 3e-4, 4e-4
     gates: dict[str, Gate] = {"trajectory": RatioClip(epsilon, epsilon_high, sign_aware)}
     gate_map = GateMap(Log(), gates, Zero())
     return _objective("gspo", gate_map, weights, mask, ("gspo",), locals())

@@ -119,7 +119,7 @@ class Statistics:
             if count:
                 stem, at, suffix = name.partition("/domain=")
                 out[f"{stem}/mean{at}{suffix}"] = total / count
-                out[f"{stem}/p90{at}{suffix}"] = histogram.quantile(0.9)
+                out[f"{stem}/p90{at}{suffix}"] = min(histogram.quantile(0.9), largest)
                 out[f"{stem}/max{at}{suffix}"] = largest
         count, total, squares, smallest, largest = self.ratio.values.tolist()
         if count:

@@ -202,9 +202,10 @@ def _level(name: str, labels: dict[str, Label], row: Tensor, trajectories: int) 
         return _Level(name, codes, codes, per_token=False, shared=False, called=called)
     if name not in labels:
         raise StrataError(
-            f'the objective has a gate for the stratum "{name}", but the batch has '
+            f'the objective needs the stratum "{name}" for a gate or its weights; the batch has '
             f"{'labels for ' + str(sorted(labels)) if labels else 'no labels'}. Pass "
-            f'labels={{"{name}": ids}} to the batch, or leave that stratum out of the objective.'
+            f'labels={{"{name}": ids}} to the batch, or leave that stratum out of the objective '
+            "(a misspelt name?)."
         )
     label = labels[name]
     if not label.per_token or name in GLOBAL_TOKEN_LEVEL:

@@ -120,6 +120,8 @@ class Weights:
         """
         if isinstance(value, Weights):
             return value
+        if not isinstance(value, str):
+            raise ObjectiveError(f"weights is {value!r}; pass a name or a Weights")
         name = ALIASES.get(value, value)
         if name in ("token_mean", "trajectory_mean", "trajectory_sum"):
             return cls(name)  # type: ignore[arg-type]

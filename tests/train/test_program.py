@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_behind(start, tmp_path):
     } <= names  # fmt: skip
     records = lines(config.run_dir)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 13))
-    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 8]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 8, 12]
     assert [r["rollout"] for r in records if r["kind"] == "train"] == [i // 4 for i in range(12)]
     assert make_config(config.run_dir / "config.yaml") == config
 

@@ -27,7 +27,11 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import (
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
 
 from .. import recipes
 from ..batch import RatioBatch
@@ -35,8 +39,10 @@ from ..collective import LOCAL, Collective, TorchGroup
 from ..errors import ConfigError, DataError
 from ..objective import Objective, Surrogate
 from ..statistics import Statistics
+from . import trl_rows as rows
 from .columns import DOMAIN_ALIASES, find_column
-from .trl_config import FiberPOConfig, check_config, check_model
+from .trl_config import FiberPOConfig as FiberPOConfig
+from .trl_config import check_config, check_model
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +82,8 @@ class FiberPOTrainer(GRPOTrainer):
             parameters = args.objective_kwargs or {}
             if not isinstance(parameters, Mapping):
                 raise ConfigError(f"objective_kwargs is {parameters!r}; it must be a dictionary")
+            if args.objective == "dr_grpo":
+                parameters = {"length": args.max_completion_length, **parameters}
             objective = recipes.from_name(args.objective, **parameters)
         self.objective = objective
         self.run_statistics: Statistics | None = None
@@ -99,6 +107,13 @@ class FiberPOTrainer(GRPOTrainer):
         return int(micro // self.args.gradient_accumulation_steps)
 
     def _announce(self) -> None:
+        window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        if self.args.keep_groups_together and window % self.num_generations:
+            logger.warning(
+                "an optimizer window has %d answers a process, which is not a multiple of "
+                "num_generations = %d: prompt groups are cut, and group gates see parts of them.",
+                window, self.num_generations,
+            )  # fmt: skip
         if self.updates_per_rollout > 1:
             return
         logger.warning(
@@ -118,8 +133,8 @@ class FiberPOTrainer(GRPOTrainer):
         device = output["completion_ids"].device
         per_group = self.num_generations if training else self.num_generations_eval
         first = self.accelerator.process_index * len(inputs)
-        rows = torch.arange(first, first + len(inputs), device=device)
-        output["group_id"] = torch.div(rows, per_group, rounding_mode="floor")
+        indices = torch.arange(first, first + len(inputs), device=device)
+        output["group_id"] = torch.div(indices, per_group, rounding_mode="floor")
         names = self._domain_names(inputs)
         for name in sorted(set(gather_object(names)) - set(self._domains)):
             self._domains.append(name)
@@ -159,15 +174,16 @@ class FiberPOTrainer(GRPOTrainer):
         generate_every = self.args.steps_per_generation * self.num_iterations
         if self._step % generate_every == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            batch = _shuffle_groups(batch)
-            self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
+            batch = rows.shuffle_groups(split_pixel_values_by_grid(batch))
+            parts = split_tensor_dict(batch, self.args.steps_per_generation)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     # -- loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         log_probs, entropies, aux_loss = self._log_probs(model, inputs, with_extras=True)
-        mask = _loss_mask(inputs)
+        mask = rows.loss_mask(inputs)
         training = self.model.training
         if not training:
             loss = self._evaluate_window([inputs], [log_probs.detach()], LOCAL).loss
@@ -199,7 +215,7 @@ class FiberPOTrainer(GRPOTrainer):
             log_probs = [first_log_probs.detach()]
         elif fresh or "old_per_token_logps" not in window[0]:
             # nothing has been updated since the rollout: log ratio 0, whatever the log-probs are
-            log_probs = [_old_log_probs(x, torch.zeros_like(first_log_probs)) for x in window]
+            log_probs = [rows.old_log_probs(x, torch.zeros_like(first_log_probs)) for x in window]
         else:
             with torch.no_grad():
                 log_probs = [self._log_probs(model, x)[0] for x in window]
@@ -215,7 +231,7 @@ class FiberPOTrainer(GRPOTrainer):
         self, window: Sequence[dict[str, Any]], log_probs: Sequence[Tensor], group: Collective
     ) -> Surrogate:
         current = torch.cat(list(log_probs)).float()
-        old = torch.cat([_old_log_probs(x, p) for x, p in zip(window, log_probs, strict=True)])
+        old = torch.cat([rows.old_log_probs(x, p) for x, p in zip(window, log_probs, strict=True)])
         domains = torch.cat([x["domain_id"] for x in window]).tolist()
         rollout = None
         if "sampling_per_token_logps" in window[0]:
@@ -224,8 +240,8 @@ class FiberPOTrainer(GRPOTrainer):
         batch = RatioBatch.from_padded(
             current,
             old.float(),
-            torch.cat([_advantages(x) for x in window]),
-            torch.cat([_loss_mask(x) for x in window]),
+            torch.cat([rows.advantages(x) for x in window]),
+            torch.cat([rows.loss_mask(x) for x in window]),
             labels={
                 "domain": [self._domains[i] for i in domains],
                 "group": torch.cat([x["group_id"] for x in window]),
@@ -301,23 +317,18 @@ class FiberPOTrainer(GRPOTrainer):
         self.run_statistics = merged if before is None else before.merge(merged)
         for name, value in merged.compute().items():
             self._log(name, value)
-        self._log("trajectories_dropped", self._sum(surrogate.batch.dropped))
-        self._log_clip_ratios(surrogate)
 
-    def _sum(self, value: float) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
-        return float(self._group.total(tensor))
-
-    def _log_clip_ratios(self, surrogate: Surrogate) -> None:
-        """The host's own panel: tokens whose own gradient is removed or turned round."""
+        # the host's own panel: tokens whose own gradient is removed or turned round
         advantages = surrogate.batch.advantages
         stopped = surrogate.weight * surrogate.coefficients <= 0
         low, high = (stopped & (advantages < 0)).sum(), (stopped & (advantages > 0)).sum()
-        tokens = max(self._sum(len(surrogate.batch)), 1.0)
-        low_share, high_share = self._sum(int(low)) / tokens, self._sum(int(high)) / tokens
-        self._log("clip_ratio/low_mean", low_share)
-        self._log("clip_ratio/high_mean", high_share)
-        self._log("clip_ratio/region_mean", low_share + high_share)
+        counts = [low, high, stopped.new_tensor(len(stopped), dtype=torch.long)]
+        counts.append(counts[2].new_tensor(surrogate.batch.dropped))
+        low, high, tokens, dropped = self._group.total(torch.stack(counts)).tolist()
+        self._log("clip_ratio/low_mean", low / max(tokens, 1))
+        self._log("clip_ratio/high_mean", high / max(tokens, 1))
+        self._log("clip_ratio/region_mean", (low + high) / max(tokens, 1))
+        self._log("trajectories_dropped", float(dropped))
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -359,39 +370,3 @@ class FiberPOTrainer(GRPOTrainer):
         self._last_update_of_rollout = state["rollout_step"]
         if state["statistics"] is not None:
             self.run_statistics = Statistics.from_state(state["statistics"])
-
-
-def _old_log_probs(inputs: Mapping[str, Any], current: Tensor) -> Tensor:
-    old = inputs.get("old_per_token_logps")
-    return current.detach() if old is None else old
-
-
-def _loss_mask(inputs: Mapping[str, Any]) -> Tensor:
-    mask = inputs["completion_mask"]
-    return (mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]).bool()
-
-
-def _advantages(inputs: Mapping[str, Any]) -> Tensor:
-    """Advantages; the engine correction of TRL is an independent factor on them."""
-    advantages, correction = inputs["advantages"], inputs.get("importance_sampling_ratio")
-    width = inputs["completion_ids"].shape
-    if correction is None:
-        return advantages if advantages.ndim == 2 else advantages[:, None].expand(width)
-    wide = advantages if advantages.ndim == 2 else advantages[:, None]
-    return (wide * correction).expand(width)
-
-
-def _shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
-    """Permute whole prompt groups; the answers of a group stay side by side."""
-    groups, index = torch.unique(batch["group_id"], return_inverse=True)
-    order = torch.argsort(torch.randperm(len(groups)).to(index.device)[index], stable=True)
-
-    def permute(value: Any) -> Any:
-        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
-            return value
-        return value[order] if isinstance(value, Tensor) else [value[i] for i in order.tolist()]
-
-    return {key: permute(value) for key, value in batch.items()}
-
-
-__all__ = ["FiberPOConfig", "FiberPOTrainer"]

@@ -109,6 +109,7 @@ class RunCallback(TrainerCallback):
         self.updates, self.updates_per_rollout = updates, updates_per_rollout
         self.evaluate_every, self.interruption = evaluate_every, interruption
         self.last: Heldout | None = None
+        self.last_step = -1
         self._progress = progress
         self._bar: tqdm | None = None
         self._shown: dict[str, str] = {}
@@ -140,7 +141,7 @@ class RunCallback(TrainerCallback):
             if logs.get(key) is not None:
                 self._shown[label] = f"{logs[key]:.2f}"
         if state.global_step % self.evaluate_every == 0:
-            self.last = self.evaluate()
+            self.last, self.last_step = self.evaluate(), state.global_step
             self._shown["held-out"] = f"{self.last.rewards['mean']:.2f}"
             self.metrics.write("eval", state.global_step, rollout, self.last.metrics())
         if self._bar is not None:

@@ -75,7 +75,7 @@ class TrainConfig:
     domain_weights: dict[str, float] | None = None
     objective: str = TRAINING_OBJECTIVE
     objective_kwargs: dict[str, Any] = field(default_factory=dict)
-    rollouts: int = 100
+    rollouts: int = 60
     prompts: int = 64
     generations: int = 8
     updates_per_rollout: int = 4
@@ -89,8 +89,8 @@ class TrainConfig:
     bf16: bool = False
     sft_steps: int = 0
     heldout_prompts: int = 128
-    heldout_every: int = 25
-    save_every: int = 25
+    heldout_every: int = 15
+    save_every: int = 20
     seed: int = 0
     tensorboard: bool = False
     trackio: bool = False
@@ -125,7 +125,8 @@ class TrainConfig:
             )
         if self.data is not None and self.tasks:
             raise ConfigError(f"data = {self.data!r} and tasks = {self.tasks}: give one of them")
-        self.build_objective()
+        if self.objective != "dr_grpo" or self.max_completion_length is not None:
+            self.build_objective()  # dr_grpo takes its length from the tasks where none is given
 
     @property
     def rows_per_update(self) -> int:
@@ -153,10 +154,10 @@ class TrainConfig:
         return Path(self.output) / self.run_name
 
     def build_objective(self) -> Objective:
-        """The objective, with the training defaults where nothing was said about it."""
+        """The objective, with the training defaults for what was not said about it."""
         parameters = dict(self.objective_kwargs)
-        if self.objective == TRAINING_OBJECTIVE and not parameters:
-            parameters = dict(TRAINING_PARAMETERS)
+        if self.objective == TRAINING_OBJECTIVE:
+            parameters = {**TRAINING_PARAMETERS, **parameters}
         if self.objective == "dr_grpo" and self.max_completion_length:
             parameters.setdefault("length", self.max_completion_length)
         return from_name(self.objective, **parameters)

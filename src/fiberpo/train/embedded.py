@@ -95,7 +95,7 @@ def load_embedded(
     """
     if not dtype.is_floating_point:
         raise ConfigError(f"dtype must be a floating type, got {dtype}: use torch.float32")
-    resource = files("fiberpo").joinpath("assets", "embedded")
+    resource = files("fiberpo").joinpath("assets").joinpath("embedded")
     if not resource.joinpath("model.safetensors").is_file():
         raise ConfigError(
             f"no checkpoint at {resource}: reinstall fiberpo, or rebuild the checkpoint with "

@@ -57,6 +57,7 @@ def train(
     checkpoint = _checkpoint(run_dir) if resume else None
     model, tokenizer = load_model(config)
     source = load_source(config, chat=tokenizer.chat_template is not None)
+    config = config.replace(max_completion_length=source.max_completion_length)
     _prepare_directory(run_dir, config, overwrite and not resume)
     _describe(config, source, model, say)
 
@@ -86,19 +87,19 @@ def train(
         )
         trainer = _trainer(config, source, model, tokenizer, callback)
         trainer.train(resume_from_checkpoint=checkpoint)
+        step = trainer.state.global_step
+        finished = step >= config.updates
+        after = callback.last if finished and callback.last_step == step else None
+        if finished and after is None:
+            after = evaluate()
+            metrics.write("eval", step, config.rollouts - 1, after.metrics())
         metrics.close()
-    finished = trainer.state.global_step >= config.updates
-    after = callback.last if finished else None
-    if finished and config.rollouts % config.heldout_every:
-        after = evaluate()
-    if after is None and finished:
-        after = evaluate()  # resumed a run that was already complete
     summary = {
         "name": config.run_name,
         "objective": str(trainer.objective),
         "model": config.model,
         "seed": config.seed,
-        "steps": trainer.state.global_step,
+        "steps": step,
         "updates_per_rollout": config.updates_per_rollout * config.passes_per_rollout,
         "interrupted": not finished,
         "seconds": time.monotonic() - started,
@@ -163,12 +164,17 @@ def _describe(config: TrainConfig, source: Source, model: Any, say: Any) -> None
 
 def _notes(config: TrainConfig) -> list[str]:
     notes = []
-    if config.objective == TRAINING_OBJECTIVE and not config.objective_kwargs:
-        notes.append(
-            "training defaults: budgets of the size of this model's drifts and the pessimistic "
-            "form min(G A, r A), which is ours and not the paper's; the recipe itself defaults to "
-            "the printed form"
-        )
+    if config.objective == TRAINING_OBJECTIVE:
+        if not {"budgets", "epsilon"} & set(config.objective_kwargs):
+            notes.append(
+                "budgets and epsilon are the defaults of this program, of the size of the drifts "
+                "that the embedded model shows; the recipe itself has those of the paper's figures"
+            )
+        if "pessimistic" not in config.objective_kwargs:
+            notes.append(
+                "the pessimistic form min(G A, r A) is the default of this program; it is ours, "
+                "not the paper's, whose printed form --printed selects"
+            )
     return notes
 
 

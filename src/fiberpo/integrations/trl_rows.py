@@ -1,0 +1,43 @@
+"""The rows of TRL's batch dictionary, read in fiberpo's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def old_log_probs(inputs: Mapping[str, Any], current: Tensor) -> Tensor:
+    """The anchor of the ratio; TRL leaves it out where it is the current policy."""
+    old = inputs.get("old_per_token_logps")
+    return current.detach() if old is None else old
+
+
+def loss_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """True on completion tokens that the model itself wrote."""
+    mask = inputs["completion_mask"]
+    return (mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]).bool()
+
+
+def advantages(inputs: Mapping[str, Any]) -> Tensor:
+    """Advantages; the engine correction of TRL is an independent factor on them."""
+    values, correction = inputs["advantages"], inputs.get("importance_sampling_ratio")
+    wide = values if values.ndim == 2 else values[:, None]
+    if correction is not None:
+        wide = wide * correction
+    return wide.expand(inputs["completion_ids"].shape)
+
+
+def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
+    """Permute whole prompt groups; the answers of a group stay side by side."""
+    groups, index = torch.unique(batch["group_id"], return_inverse=True)
+    order = torch.argsort(torch.randperm(len(groups)).to(index.device)[index], stable=True)
+
+    def permute(value: Any) -> Any:
+        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
+            return value
+        return value[order] if isinstance(value, Tensor) else [value[i] for i in order.tolist()]
+
+    return {key: permute(value) for key, value in batch.items()}

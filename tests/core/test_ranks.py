@@ -1,0 +1,192 @@
+"""Batches spread over ranks: two reductions of context sums give exactly the whole gradient."""
+
+import numpy as np
+import pytest
+import torch
+
+import fiberpo
+from core.cases import FakeRank, _Meeting, packed, random_case, random_tree, run_ranks
+from fiberpo import recipes
+
+CHAIN = {"domain": (0.06, 0.03), "group": (0.08, 0.05), "trajectory": (0.12, 0.05)}
+OBJECTIVES = {
+    "fiberpo_domain": recipes.fiberpo_domain(CHAIN, rollback=2.0),
+    "fiberpo_domain, turns": recipes.fiberpo_domain({**CHAIN, "turn": (0.1, 0.06)}),
+    "fiberpo_domain, pessimistic": recipes.fiberpo_domain(CHAIN, pessimistic=True),
+    "fiberpo_domain, token measure": recipes.fiberpo_domain(CHAIN, measure="token"),
+    "fiberpo_domain, domain mean": recipes.fiberpo_domain(CHAIN, weights="domain_mean"),
+    "domain only": recipes.fiberpo_domain({"domain": (0.06, 0.03)}),
+    "fiberpo": recipes.fiberpo(),
+    "grpo": recipes.grpo(),
+    "grpo, group mean": recipes.grpo(weights="group_mean"),
+    "ppo": recipes.ppo(),
+    "ratio clip of groups": fiberpo.Objective(
+        fiberpo.Weights.token_mean(),
+        fiberpo.GateMap(fiberpo.Log(), {"group": fiberpo.RatioClip(0.05)}, fiberpo.Zero()),
+    ),
+    "gspo": recipes.gspo(0.1, 0.1),
+    "apc": recipes.apc(0.2),
+}
+
+
+def parts_of(case, rank_of, ranks):
+    """Per rank its batch and its tokens' positions in the whole."""
+    starts = np.cumsum([0, *case.lengths])
+    found = []
+    for rank in range(ranks):
+        mine = [t for t in range(12) if rank_of[t] == rank]
+        tokens = [i for t in mine for i in range(starts[t], starts[t + 1])]
+        labels = {}
+        for name, ids in case.labels.items():
+            at = tokens if name in ("turn", "state") else mine
+            labels[name] = torch.tensor([ids[i] for i in at], dtype=torch.long)
+        batch = packed(
+            [case.log_ratios[i] for i in tokens],
+            [case.advantages[i] for i in tokens],
+            [case.lengths[t] for t in mine],
+            labels=labels,
+            allow_empty=True,
+            grad=True,
+        )
+        found.append((batch, tokens))
+    return found
+
+
+# every group is torn apart; the third one leaves a rank without a single token
+SPLITS = {
+    "two ranks": ([0, 1] * 6, 2),
+    "three ranks": ([0, 1, 2, 2, 1, 0, 0, 0, 0, 1, 2, 1], 3),
+    "one rank empty": ([2, 0, 2, 0, 0, 0, 2, 2, 0, 2, 0, 0], 3),
+}
+every = pytest.mark.parametrize("name", OBJECTIVES)
+splits = pytest.mark.parametrize(("rank_of", "ranks"), SPLITS.values(), ids=SPLITS)
+
+
+@every
+@splits
+def test_ranks_together_have_the_coefficients_of_one_process(name, rank_of, ranks):
+    """Coefficients, gated ratios and the summed loss."""
+    case = random_case(1)
+    case.labels["state"] = [i % 9 for i in range(len(case.log_ratios))]
+    whole = OBJECTIVES[name](case.batch())
+    parts = parts_of(case, rank_of, ranks)
+    outs = run_ranks(OBJECTIVES[name], [batch for batch, _ in parts])
+    for out, (_, tokens) in zip(outs, parts):
+        expected = whole.coefficients[tokens].tolist()
+        assert out.coefficients.tolist() == pytest.approx(expected, abs=1e-14, rel=1e-9)
+        expected = whole.log_gated_ratio[tokens].tolist()
+        assert out.log_gated_ratio.tolist() == pytest.approx(expected, abs=1e-12)
+    assert sum(o.loss.item() for o in outs) == pytest.approx(whole.loss.item(), abs=1e-12)
+
+
+@splits
+def test_trees_over_ranks(rank_of, ranks):
+    """Branches of different depth."""
+    case, objective = random_tree(2), OBJECTIVES["fiberpo_domain, turns"]
+    whole = objective(case.batch())
+    parts = parts_of(case, rank_of, ranks)
+    outs = run_ranks(objective, [batch for batch, _ in parts])
+    for out, (_, tokens) in zip(outs, parts):
+        expected = whole.coefficients[tokens].tolist()
+        assert out.coefficients.tolist() == pytest.approx(expected, abs=1e-14, rel=1e-9)
+
+
+UNEVEN = [0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["fiberpo_domain", "fiberpo", "ppo"])
+def test_statistics_of_ranks_merge_to_those_of_the_whole(name):
+    """A context that several ranks hold is counted once."""
+    case, objective = random_case(1), OBJECTIVES[name]
+    outs = run_ranks(objective, [batch for batch, _ in parts_of(case, UNEVEN, 2)])
+    merged = outs[0].statistics.merge(outs[1].statistics).compute()
+    whole = objective(case.batch()).metrics()
+    assert merged == pytest.approx(whole, rel=1e-9, abs=1e-12)
+
+
+def test_taking_parts_alone_is_wrong_here():
+    """The split matters: without a collective the same parts give other coefficients."""
+    case, objective = random_case(1), OBJECTIVES["fiberpo_domain"]
+    whole = objective(case.batch())
+    batch, tokens = parts_of(case, SPLITS["two ranks"][0], 2)[0]
+    share = batch.trajectories / case.batch().trajectories
+    error = (objective(batch).coefficients * share - whole.coefficients[tokens]).abs().max()
+    assert float(error) > 0.1 * float(whole.coefficients.abs().max())
+
+
+def test_a_part_is_refused_where_contexts_reach_beyond_it():
+    """Right denominators are not enough for group and domain gates: an error, no wrong number."""
+    case = random_case(1)
+    counts = fiberpo.Denominators.of(case.batch())
+    batch, _ = parts_of(case, SPLITS["two ranks"][0], 2)[0]
+    with pytest.raises(fiberpo.ObjectiveError, match=r"\['domain', 'group'\]"):
+        OBJECTIVES["fiberpo_domain"](batch, denominators=counts)
+    assert torch.isfinite(OBJECTIVES["fiberpo"](batch, denominators=counts).loss)
+
+
+def test_two_reductions_of_contexts_an_objective():
+    """Sums on the way up, adjoints on the way down; trajectory gates need none."""
+    for name, expected in (("fiberpo_domain", 2), ("fiberpo", 0), ("ppo", 0)):
+        merges = []
+
+        class Counting(FakeRank):
+            def merge(self, keys, values):
+                merges.append(len(keys))
+                return super().merge(keys, values)
+
+        class OneOfTwo(_Meeting):
+            """A second rank that has nothing to add: no thread needed."""
+
+            def __init__(self):
+                super().__init__(1)
+                self.size = 2
+
+        OBJECTIVES[name](random_case(1).batch(), collective=Counting(OneOfTwo(), 0))
+        assert len(merges) == expected
+        assert set(merges) <= {6}  # 2 domains and 4 groups, never tokens or trajectories
+
+
+@pytest.mark.parametrize("kind", ["strings", "integers"])
+def test_ranks_agree_by_the_callers_ids(kind):
+    """Contexts are matched by id, not by their number on each rank."""
+    ids = (["b"], ["a", "b"]) if kind == "strings" else ([7], [3, 7])
+    one = packed([0.10], [1.0], [1], labels={"group": ids[0]})
+    two = packed([0.00, 0.04], [1.0, 1.0], [1, 1], labels={"group": ids[1]})
+    objective = fiberpo.Objective(
+        fiberpo.Weights.token_mean(),
+        fiberpo.GateMap(fiberpo.SignedLog(), {"group": fiberpo.Pass()}, fiberpo.Zero()),
+    )
+    outs = run_ranks(objective, [one, two])
+    assert outs[0].log_gated_ratio.tolist() == pytest.approx([0.07])
+    assert outs[1].log_gated_ratio.tolist() == pytest.approx([0.00, 0.07])
+
+
+def test_a_group_spread_over_ranks_is_not_idle():
+    """One trajectory of the group on each rank: its gate does act, so nothing warns.
+
+    (`run_ranks` silences warnings; here they are recorded.)
+    """
+    import warnings
+
+    labels = {"group": torch.tensor([0])}
+    batches = [packed([ell, ell], [1.0] * 2, [2], labels=labels) for ell in (0.3, 0.0)]
+    objective = recipes.fiberpo_domain({"group": (0.1, 0.1), "trajectory": (0.1, 0.1)})
+    found = []
+    original = warnings.warn
+    warnings.warn = lambda message, *a, **k: found.append(str(message))
+    try:
+        run_ranks(objective, batches)
+    finally:
+        warnings.warn = original
+    assert found == []
+
+
+def test_autograd_over_ranks_is_refused():
+    """It sees one process only."""
+    batches = [b for b, _ in parts_of(random_case(1), [0, 1] * 6, 2)]
+
+    def call(batch, collective):
+        return recipes.fiberpo_domain(CHAIN)(batch, collective=collective, gradient="autograd")
+
+    with pytest.raises(fiberpo.ObjectiveError, match="closed form"):
+        run_ranks(call, batches)

@@ -1,0 +1,230 @@
+"""Deliberate faults: what is replaced in which file, and the test that must turn red."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One fault. ``old`` occurs exactly once in ``file``; ``killer`` fails once it is ``new``."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    killer: str
+
+
+MUTANTS = [
+    Mutant(
+        "residual of the tokens from the gated aggregate",
+        "gating.py",
+        "token_drift = drift - strata.at_tokens(mean)",
+        "token_drift = drift - strata.at_tokens(strata.sum_path(gated.value))",
+        "test_fiberpo.py::test_residual_is_taken_from_the_ungated_aggregate[1-0.1]",
+    ),
+    Mutant(
+        "residual of a context without its parent",
+        "gating.py",
+        "residual = mean - strata.of_parent(mean)",
+        "residual = mean",
+        "test_hierarchy.py::test_three_strata_are_eqs_30_to_33",
+    ),
+    Mutant(
+        "channels of the decomposition swapped",
+        "charts.py",
+        "[torch.where(positive, log_ratio, zero), torch.where(positive, zero, -log_ratio)]",
+        "[torch.where(positive, zero, -log_ratio), torch.where(positive, log_ratio, zero)]",
+        "test_worked_cases.py::test_everything_passes",
+    ),
+    Mutant(
+        "budgets of the two channels swapped",
+        "gates.py",
+        "return aggregate_gate(drift, pairs, count)",
+        "return aggregate_gate(drift, pairs.flip(0), count)",
+        "test_worked_cases.py::test_channels_have_their_own_budgets",
+    ),
+    Mutant(
+        "rollback slope T - 1 in the value",
+        "gates.py",
+        "(count + 1) * finite - count * drift",
+        "count * finite - (count - 1) * drift",
+        "test_worked_cases.py::test_trajectory_in_its_rollback_zone",
+    ),
+    Mutant(
+        "rollback slope T - 1 in the closed form",
+        "gates.py",
+        "torch.where(rolling, -count * one, 0 * one)",
+        "torch.where(rolling, -(count - 1) * one, 0 * one)",
+        "test_gates.py::test_autograd_of_the_aggregate_gate_is_its_slope",
+    ),
+    Mutant(
+        "padded length as T in the weights",
+        "weights.py",
+        "batch.lengths.double()[batch.trajectory])",
+        "batch.lengths.double().amax())",
+        "test_weights.py::test_weights_by_hand[trajectory_mean]",
+    ),
+    Mutant(
+        "padded length as T in the gate",
+        "gating.py",
+        "counts = strata.leaf_segments.sum(torch.ones_like(omega))[None]",
+        "counts = strata.leaf_segments.sum(omega * batch.lengths.amax())[None]",
+        "test_hierarchy.py::test_rollback_coupling_of_a_domain_is_minus_mean_length_over_length",
+    ),
+    Mutant(
+        "group mean over tokens instead of trajectories",
+        "gating.py",
+        'if self.measure == "token":',
+        "if True:",
+        "test_worked_cases.py::test_group_over_two_trajectories",
+    ),
+    Mutant(
+        "mask that renormalises",
+        "objective.py",
+        "weight = weight * kept[batch.trajectory]",
+        "weight = weight * kept[batch.trajectory] / kept.double().mean()",
+        "test_masks.py::test_masked_loss_by_hand",
+    ),
+    Mutant(
+        "sign(0) = 0",
+        "charts.py",
+        "positive = (log_ratio >= 0).to(log_ratio.dtype)\n"
+        "        return torch.stack([positive, positive - 1])",
+        "return torch.stack([(log_ratio > 0).double(), -(log_ratio < 0).double()])",
+        "test_gradients.py::test_on_policy_the_gradient_is_the_plain_policy_gradient[fiberpo]",
+    ),
+    Mutant(
+        "sign(0) = -1 in the value",
+        "charts.py",
+        "positive = log_ratio >= 0\n",
+        "positive = log_ratio > 0\n",
+        "test_fiberpo.py::test_zero_log_ratio_has_sign_plus_one",
+    ),
+    Mutant(
+        "sign(0) = -1 in the closed form",
+        "charts.py",
+        "positive = (log_ratio >= 0).to",
+        "positive = (log_ratio > 0).to",
+        "test_fiberpo.py::test_closed_form_gives_zero_log_ratio_the_sign_plus_one",
+    ),
+    Mutant(
+        "context sums not merged over ranks",
+        "gating.py",
+        "pushed = _merge(pushed, strata, collective)",
+        "pushed = pushed * 1",
+        "test_ranks.py::test_ranks_together_have_the_coefficients_of_one_process"
+        "[two ranks-fiberpo_domain]",
+    ),
+    Mutant(
+        "cross terms between ranks dropped (second merge skipped)",
+        "gating.py",
+        "context_adjoint = _merge(below - finer, strata, self.collective)",
+        "context_adjoint = below - finer",
+        "test_ranks.py::test_ranks_together_have_the_coefficients_of_one_process"
+        "[two ranks-fiberpo_domain]",
+    ),
+    Mutant(
+        "weights counted per rank",
+        "weights.py",
+        "tokens, trajectories = collective.total(counts)",
+        "tokens, trajectories = counts",
+        "test_ranks.py::test_ranks_together_have_the_coefficients_of_one_process[two ranks-grpo]",
+    ),
+    Mutant(
+        "closed form without the gates of the children",
+        "gating.py",
+        "finer = strata.add_to_parents(below) + leaf.rows(at_token)",
+        "finer = leaf.rows(at_token)",
+        "test_gradients.py::test_coefficients_are_central_differences[0-fiberpo_domain]",
+    ),
+    Mutant(
+        "closed form without the fiber's share of the aggregate",
+        "gating.py",
+        "finer = strata.add_to_parents(below) + leaf.rows(at_token)",
+        "finer = strata.add_to_parents(below)",
+        "test_worked_cases.py::test_everything_passes",
+    ),
+    Mutant(
+        "closed form without the measure",
+        "gating.py",
+        "return self.omega * strata.at_tokens(",
+        "return strata.at_tokens(",
+        "test_worked_cases.py::test_group_over_two_trajectories",
+    ),
+    Mutant(
+        "pessimistic maximum instead of minimum",
+        "gating.py",
+        "torch.where(self.batch.advantages >= 0, lower, higher)",
+        "torch.where(self.batch.advantages >= 0, higher, lower)",
+        "test_fiberpo.py::test_pessimistic_form_is_the_minimum",
+    ),
+    Mutant(
+        "budget itself no longer passes",
+        "gates.py",
+        "passing = size <= budget",
+        "passing = size < budget",
+        "test_gates.py::test_drift_of_exactly_the_budget_passes",
+    ),
+    Mutant(
+        "epsilon itself saturates",
+        "gates.py",
+        "saturated = drift.abs() > epsilon",
+        "saturated = drift.abs() >= epsilon",
+        "test_fiberpo.py::test_residual_of_exactly_epsilon_is_unsaturated",
+    ),
+    Mutant(
+        "dual clip on the wrong sign",
+        "gates.py",
+        "high = torch.where(negative, top, high)",
+        "high = torch.where(negative, high, top)",
+        "test_baselines.py::test_dual_clip_bounds_the_punished_side_only",
+    ),
+    Mutant(
+        "PPO clips the side that the advantage opposes",
+        "gates.py",
+        "negative = site.advantage_sign < 0",
+        "negative = site.advantage_sign > 0",
+        "test_baselines.py::test_ppo_by_hand",
+    ),
+    Mutant(
+        "APC counts a token's own deviation against it",
+        "gates.py",
+        "bound = multiplicity * radius - (total - drift.abs())",
+        "bound = multiplicity * radius - total",
+        "test_baselines.py::test_apc_own_copies_count",
+    ),
+    Mutant(
+        "APC without the gradient through the shared budget",
+        "gating.py",
+        "pulled = pulled + self._pull_states(adjoint * self.token.total_slope)",
+        "pulled = pulled * 1",
+        "test_worked_cases.py::test_apc_on_two_tokens_of_one_state",
+    ),
+    Mutant(
+        "turns of different trajectories joined",
+        "strata.py",
+        "row * label.count + label.codes, -1)",
+        "label.codes, -1)",
+        "test_hierarchy.py::test_turn_ids_are_local_to_their_trajectory",
+    ),
+    Mutant(
+        "context sums in float32",
+        "gating.py",
+        "rows(torch.cat([omega * drift, omega[None]]))",
+        "rows(torch.cat([omega * drift, omega[None]]).float()).double()",
+        "test_numerics.py::test_long_sequences_in_float32[rollback-1]",
+    ),
+    Mutant(
+        "signed k1 instead of k3 in the mean mask",
+        "masks.py",
+        "k3 = torch.expm1(log_rho) - log_rho",
+        "k3 = -log_rho",
+        "test_masks.py::test_mean_divergence_is_k3",
+    ),
+    Mutant(
+        "labels matched by number instead of id over ranks",
+        "strata.py",
+        "keys += [(self.names[k], self.context_names[k](i)) for i in range(end - start)]",
+        "keys += [(self.names[k], i) for i in range(end - start)]",
+        "test_ranks.py::test_ranks_agree_by_the_callers_ids",
+    ),
+]
