@@ -143,6 +143,25 @@ def test_any_recipe_runs_on_the_same_path(start, tmp_path, objective):
     assert summary["strata"]
 
 
+def test_own_data_in_the_form_of_verl(start, tmp_path):
+    """``data_source`` becomes the domain, ``reward_model.ground_truth`` the answer."""
+    words = [
+        "".join("abcdef"[(i * k) % 6] for k in range(1, 5)) + "abcdef"[i % 6] for i in range(60)
+    ]
+    rows = [
+        {
+            "data_source": ("rev", "dup")[i % 2], "prompt": f"reverse {word}{i}:",
+            "reward_model": {"ground_truth": word[::-1]}, "extra_info": {"index": i},
+        }
+        for i, word in enumerate(words)
+    ]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(start, tmp_path, data=str(path), reward=None, rollouts=1)
+    summary = train(config, progress=False, say=lambda line: None)
+    assert set(summary["heldout_after"]) == {"rev", "dup", "mean"}
+
+
 def test_a_used_directory_is_not_overwritten(start, tmp_path):
     """The error names the three ways out; a foreign directory is never removed."""
     config = settings(start, tmp_path, rollouts=1)

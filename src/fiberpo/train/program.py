@@ -204,6 +204,7 @@ def _trainer(
         output_dir=str(config.run_dir),
         run_name=config.run_name,
         objective=config.objective,
+        domain_column="domain",
         per_device_train_batch_size=config.rows_per_forward,
         gradient_accumulation_steps=micro,
         steps_per_generation=micro * config.updates_per_rollout,
