@@ -176,9 +176,9 @@ class TrainConfig:
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "embedded": {},
     "smollm2": {
-        "rollouts": 22, "prompts": 32, "generations": 8, "updates_per_rollout": 2,
-        "micro_batch": 32, "learning_rate": 2e-5, "warmup_steps": 2, "bf16": True, "sft_steps": 9,
-        "heldout_prompts": 32, "heldout_every": 11, "save_every": 11,
+        "rollouts": 14, "prompts": 16, "generations": 8, "updates_per_rollout": 2,
+        "micro_batch": 64, "learning_rate": 2e-5, "warmup_steps": 2, "bf16": True, "sft_steps": 27,
+        "heldout_prompts": 32, "heldout_every": 7, "save_every": 7,
         "max_completion_length": 16,
     },
 }  # fmt: skip

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -62,11 +63,12 @@ def train(
     _describe(config, source, model, say)
 
     def evaluate() -> Heldout:
-        return evaluate_heldout(
-            model, tokenizer, source.heldout, source.reward,
-            max_new_tokens=source.max_completion_length, temperature=config.temperature,
-            seed=config.seed,
-        )  # fmt: skip
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):
+            return evaluate_heldout(
+                model, tokenizer, source.heldout, source.reward,
+                max_new_tokens=source.max_completion_length, temperature=config.temperature,
+                seed=config.seed,
+            )  # fmt: skip
 
     interruption = Interruption()
     with interruption.watching():
@@ -220,6 +222,8 @@ def _trainer(
         temperature=config.temperature,
         beta=0.0,
         bf16=config.bf16,
+        cast_lm_head_to_fp32=config.bf16,  # log-probs in float32 whatever the model computes in
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         disable_dropout=True,
         shuffle_dataset=False,

@@ -33,13 +33,14 @@ _CONTROL = 3  # the token type of special tokens in tokenizer.ggml.token_type
 
 INSTRUCTIONS = MappingProxyType(
     {
-        "sum": "Add the two numbers. Write the sum after #.",
-        "sort": "Sort the digits in ascending order. Answer with the digits only.",
-        "reverse": "Write the letters in reverse order. Answer with the letters only.",
-        "boolean": "Are most of the clauses true? Answer T or F only.",
+        "sum": "Add. Sum after #.",
+        "sort": "Sort the digits.",
+        "reverse": "Reverse the letters.",
+        "boolean": "Mostly true? T or F.",
     }
 )
-"""The system message for each domain of `fiberpo.train.tasks`, one line of natural language."""
+"""The system message for each domain of `fiberpo.train.tasks`; short, since most of the time of a
+rollout goes into reading the prompts."""
 
 
 def find_smollm() -> Path:
