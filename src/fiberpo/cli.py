@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,10 @@ import typer
 import yaml
 
 from .errors import ConfigError, FiberPOError
+
+# threads that wait actively slow each other down several times over on few cores; to have an effect
+# this must stand before the first import of torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _parse_budget(text: str) -> tuple[str, Any]:

@@ -119,7 +119,7 @@ def test_dtype():
 def test_sft_lowers_the_loss_of_smollm():
     model, tokenizer = smollm.load_smollm(torch.float32)
     losses = short_sft(
-        model, tokenizer, smollm.chat_rows("sort", 0, 4), steps=3, batch_size=4, progress=False
+        model, tokenizer, smollm.text_rows("sort", 0, 4), steps=3, batch_size=4, progress=False
     )
     assert losses[-1] < losses[0]
 
@@ -145,19 +145,19 @@ def test_unpermute_inverts_the_layout_of_llama_cpp():
 
 
 @pytest.mark.parametrize("domain", ["sum", "sort", "reverse", "boolean"])
-def test_chat_rows(domain):
-    rows = smollm.chat_rows(domain, 0, 5)
-    assert rows == smollm.chat_rows(domain, 0, 6)[:5]
-    assert all([m["role"] for m in row["prompt"]] == ["system", "user"] for row in rows)
+def test_text_rows(domain):
+    rows = smollm.text_rows(domain, 0, 5)
+    assert rows == smollm.text_rows(domain, 0, 6)[:5]
+    assert all(row["prompt"] and len(row["prompt"]) < 40 for row in rows)
     assert all(row["domain"] == domain for row in rows)
     answers = [row["answer"] for row in rows]
-    shown = [[{"role": "assistant", "content": row["demonstration"]}] for row in rows]
+    shown = [row["demonstration"] for row in rows]
     assert exact_answer([None] * 5, shown, answer=answers) == [1.0] * 5
-    held_out = smollm.chat_rows(domain, 0, 50, held_out=True)
-    train = smollm.chat_rows(domain, 1, 50)
+    held_out = smollm.text_rows(domain, 0, 50, held_out=True)
+    train = smollm.text_rows(domain, 1, 50)
     assert not {str(r["prompt"]) for r in held_out} & {str(r["prompt"]) for r in train}
     with pytest.raises(ConfigError, match="-1"):
-        smollm.chat_rows(domain, 0, -1)
+        smollm.text_rows(domain, 0, -1)
 
 
 # Supervised fine-tuning on a tiny model -----------------------------------------------------------

@@ -177,9 +177,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "embedded": {},
     "smollm2": {
         "rollouts": 14, "prompts": 16, "generations": 8, "updates_per_rollout": 2,
-        "micro_batch": 64, "learning_rate": 2e-5, "warmup_steps": 2, "bf16": True, "sft_steps": 27,
+        "learning_rate": 2e-5, "warmup_steps": 2, "bf16": True, "sft_steps": 40,
         "heldout_prompts": 32, "heldout_every": 7, "save_every": 7,
-        "max_completion_length": 16,
+        "max_completion_length": 10,
     },
 }  # fmt: skip
 """Values of the settings that fit a bundled model, where they differ from the defaults."""

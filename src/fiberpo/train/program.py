@@ -57,7 +57,7 @@ def train(
     check_directory(run_dir, resume=resume, overwrite=overwrite)
     checkpoint = _checkpoint(run_dir) if resume else None
     model, tokenizer = load_model(config)
-    source = load_source(config, chat=tokenizer.chat_template is not None)
+    source = load_source(config, words=tokenizer.chat_template is not None)
     config = config.replace(max_completion_length=source.max_completion_length)
     _prepare_directory(run_dir, config, overwrite and not resume)
     _describe(config, source, model, say)

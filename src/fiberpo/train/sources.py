@@ -19,7 +19,7 @@ from .gym import ReasoningGymReward, reasoning_gym_rows
 from .mixing import mix_indices, split_held_out
 from .rewards import load_function
 from .sft import short_sft
-from .smollm import chat_rows, load_smollm
+from .smollm import load_smollm, text_rows
 from .tasks import DOMAINS, MAX_COMPLETION_TOKENS, exact_answer, make_rows
 
 Row = dict[str, Any]
@@ -63,7 +63,7 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Any]:
     if config.model == "smollm2":
         model, tokenizer = load_smollm(torch.float32)
         if config.sft_steps:
-            rows = [r for d in DOMAINS for r in chat_rows(d, config.seed, 32 * config.sft_steps)]
+            rows = [r for d in DOMAINS for r in text_rows(d, config.seed, 4 * config.sft_steps)]
             short_sft(model, tokenizer, rows, steps=config.sft_steps, seed=config.seed)
         return model, tokenizer
     try:
@@ -77,8 +77,8 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Any]:
     return model, tokenizer
 
 
-def load_source(config: TrainConfig, *, chat: bool) -> Source:
-    """Prompts and reward; ``chat`` puts the procedural tasks into the form of a conversation.
+def load_source(config: TrainConfig, *, words: bool) -> Source:
+    """Prompts and reward; ``words`` puts the procedural tasks into words, for language models.
 
     Raises:
         ConfigError, DataError: for tasks, files or rewards that cannot be used.
@@ -100,7 +100,7 @@ def load_source(config: TrainConfig, *, chat: bool) -> Source:
         heldout = reasoning_gym_rows(gym, config.seed, config.heldout_prompts, held_out=True)
         reward: Reward = ReasoningGymReward()
     else:
-        make = _chat if chat else make_rows
+        make = _in_words if words else make_rows
         size = min(ROWS_PER_DOMAIN, config.prompts * config.rollouts)
         train = [row for task in tasks for row in make(task, config.seed, size)]
         heldout = [row for t in tasks for row in make(t, 0, config.heldout_prompts, held_out=True)]
@@ -111,8 +111,8 @@ def load_source(config: TrainConfig, *, chat: bool) -> Source:
     return _source(config, train, heldout, reward, longest)
 
 
-def _chat(task: str, seed: int, count: int, *, held_out: bool = False) -> list[Row]:
-    rows = chat_rows(task, seed, count, held_out=held_out)
+def _in_words(task: str, seed: int, count: int, *, held_out: bool = False) -> list[Row]:
+    rows = text_rows(task, seed, count, held_out=held_out)
     return [{k: v for k, v in row.items() if k != "demonstration"} for row in rows]
 
 
