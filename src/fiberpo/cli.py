@@ -180,7 +180,7 @@ def warmstart(
     output: Annotated[Path, typer.Argument(help="Directory for the checkpoint.")],
     seed: Annotated[int, typer.Option(help="Of weights and problems.")] = 0,
 ) -> None:
-    """Rebuild the embedded model's checkpoint by supervised fine-tuning (about a minute)."""
+    """Rebuild the embedded model's checkpoint by supervised fine-tuning (about two minutes)."""
     from .train.warmstart import warmstart as run
 
     report = run(output, seed=seed)
