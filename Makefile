@@ -1,4 +1,4 @@
-# make train      install into .venv and run the main job (about 3 minutes on 2 cores)
+# make train      install into .venv and run the main job (about 4 minutes on 2 cores)
 # make train-llm  the same on SmolLM2-135M-Instruct (about 8 minutes)
 # make test       install and run all tests, fast ones first
 # make check      format, lint, types, tests (what CI runs)

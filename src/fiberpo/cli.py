@@ -140,7 +140,7 @@ def train(
 ) -> None:
     """Train a language model by RL with any objective, and write a report.
 
-    Without options: FiberPO-Domain on the embedded model and four small domains, about three
+    Without options: FiberPO-Domain on the embedded model and four small domains, about four
     minutes on two cores. The run's directory holds the report, metrics, config and checkpoint.
     """
     from .report.terminal import print_summary
