@@ -24,7 +24,8 @@ with warnings.catch_warnings():
     hook = install_import_hook(
         [
             "fiberpo.batch", "fiberpo.budgets", "fiberpo.charts", "fiberpo.gates",
-            "fiberpo.gating", "fiberpo.inputs", "fiberpo.labels", "fiberpo.masks",
+            "fiberpo.exact", "fiberpo.gating", "fiberpo.inputs", "fiberpo.labels",
+            "fiberpo.layout", "fiberpo.masks",
             "fiberpo.measurement", "fiberpo.objective", "fiberpo.ops", "fiberpo.recipes",
             "fiberpo.statistics", "fiberpo.strata", "fiberpo.weights",
         ],

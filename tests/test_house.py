@@ -14,10 +14,10 @@ ROOT = Path(fiberpo.__file__).parent
 LAYERS = [
     {"errors", "collective"},
     {"ops"},
-    {"labels", "inputs", "budgets", "charts", "strata", "gates", "batch"},
+    {"labels", "inputs", "budgets", "charts", "strata", "gates", "batch", "layout"},
     {"gating", "weights", "masks", "statistics", "measurement"},
-    {"objective", "citations"},
-    {"recipes"},
+    {"objective", "memory", "exact", "citations"},
+    {"recipes", "testing"},
     {"integrations", "report"},
     {"train"},
     {"cli", "__main__"},

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import inputs
 from . import strata as strata_module
+from .collective import LOCAL, Collective, Match
 from .errors import EmptyBatchError, ShapeError, StrataError
 from .inputs import Input
 from .labels import GLOBAL_TOKEN_LEVEL, Label, order_strata
@@ -34,10 +35,14 @@ class RatioBatch:
             only tensor that carries a gradient.
         old_log_probs: ``[N]`` the same under the anchor of the ratio.
         advantages: ``[N]``.
-        lengths: ``[trajectories]`` loss tokens of each trajectory, all >= 1.
+        lengths: ``[rows]`` loss tokens of each row, all >= 1. A row is a trajectory, or one piece
+            of a trajectory where ``trajectory`` is among the labels.
         labels: encoded labels, coarse to fine.
         rollout_log_probs: ``[N]`` log-probs of the engine that sampled, or None.
-        dropped: trajectories without a loss token that were left out.
+        dropped: rows without a loss token that were left out.
+        mask: ``[B, T]`` where the tokens came from, or None.
+        pieces, whole_lengths: which of the trajectories other ranks hold pieces of, and the token
+            counts of the whole ones (see `joined`).
 
     Example:
         >>> batch = RatioBatch.from_packed(
@@ -52,20 +57,28 @@ class RatioBatch:
     log_probs: Float[Tensor, " N"]
     old_log_probs: Float[Tensor, " N"]
     advantages: Float[Tensor, " N"]
-    lengths: Int[Tensor, " trajectories"]
+    lengths: Int[Tensor, " rows"]
     labels: Mapping[str, Label] = field(default_factory=dict)
     rollout_log_probs: Float[Tensor, " N"] | None = None
     dropped: int = 0
     mask: Tensor | None = None
+    pieces: Match = field(default=LOCAL, repr=False)
+    whole_lengths: Tensor | None = field(default=None, repr=False)
     _strata: dict[tuple[str, ...], Strata] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.log_probs.shape[0]
 
     @property
-    def trajectories(self) -> int:
-        """Number of trajectories that have a loss token."""
+    def rows(self) -> int:
+        """Number of rows that have a loss token."""
         return self.lengths.shape[0]
+
+    @property
+    def trajectories(self) -> int:
+        """Number of trajectories that have a loss token here."""
+        pieces = self.labels.get("trajectory")
+        return self.rows if pieces is None else pieces.count
 
     @property
     def device(self) -> torch.device:  # noqa: D102
@@ -77,15 +90,134 @@ class RatioBatch:
         return self.log_probs - self.old_log_probs
 
     @cached_property
+    def row(self) -> Int[Tensor, " N"]:
+        """Row of every token."""
+        rows = torch.arange(self.rows, device=self.device)
+        return torch.repeat_interleave(rows, self.lengths, output_size=len(self))
+
+    @cached_property
     def trajectory(self) -> Int[Tensor, " N"]:
         """Trajectory of every token."""
-        rows = torch.arange(self.trajectories, device=self.device)
-        return torch.repeat_interleave(rows, self.lengths, output_size=len(self))
+        pieces = self.labels.get("trajectory")
+        return self.row if pieces is None else pieces.codes[self.row]
 
     @cached_property
     def by_trajectory(self) -> Segments:
         """Tokens by their trajectory."""
         return Segments(self.trajectory, self.trajectories)
+
+    def per_trajectory(self, values: Float[Tensor, " N"]) -> Float[Tensor, " trajectories"]:
+        """Sum over each whole trajectory, its pieces on other ranks included (see `joined`)."""
+        return self.pieces.merge(self.by_trajectory.sum(values)[None])[0]
+
+    @property
+    def trajectory_lengths(self) -> Float[Tensor, " trajectories"]:
+        """``T_tau``: loss tokens of each whole trajectory, float64 (see `joined`)."""
+        if "trajectory" not in self.labels:
+            return self.lengths.double()
+        if self.whole_lengths is not None:
+            return self.whole_lengths
+        ones = torch.ones(len(self), dtype=torch.float64, device=self.device)
+        return self.by_trajectory.sum(ones)
+
+    @property
+    def trajectory_share(self) -> Float[Tensor, ""]:
+        """Trajectories held here, a piece counted by its share of the tokens; float64."""
+        if "trajectory" not in self.labels:
+            return torch.tensor(float(self.rows), dtype=torch.float64, device=self.device)
+        return (1.0 / self.trajectory_lengths[self.trajectory]).sum()
+
+    def joined(self, collective: Collective) -> RatioBatch:
+        """This batch, knowing the pieces of its trajectories that other ranks hold.
+
+        Nothing is exchanged where ``trajectory`` is not among the labels. An objective does this
+        by itself.
+        """
+        if "trajectory" not in self.labels or collective.size == 1:
+            return self
+        found = replace(self, pieces=collective.match(self.strata(["trajectory"])))
+        return replace(found, whole_lengths=found.pieces.merge(self.trajectory_lengths[None])[0])
+
+    def joined_like(self, other: RatioBatch) -> RatioBatch:
+        """This batch with what `joined` found for the same tokens before."""
+        if other.pieces is self.pieces:
+            return self
+        return replace(self, pieces=other.pieces, whole_lengths=other.whole_lengths)
+
+    def with_log_probs(self, log_probs: Tensor) -> RatioBatch:
+        """The same tokens under another current policy; nothing is encoded again.
+
+        Args:
+            log_probs: ``[N]``, or ``[B, T]`` where the batch came from `from_padded`.
+
+        Raises:
+            ShapeError, NonFiniteError: as `from_packed`.
+        """
+        if self.mask is not None and isinstance(log_probs, Tensor) and log_probs.ndim == 2:
+            if log_probs.shape != self.mask.shape:
+                raise ShapeError(
+                    f"log_probs has shape {tuple(log_probs.shape)}, but the batch was made from "
+                    f"{tuple(self.mask.shape)}"
+                )
+            log_probs = log_probs[self.mask]
+        inputs.check_like("log_probs", log_probs, self.old_log_probs)
+        inputs.check_finite({"log_probs": log_probs}, self.lengths)
+        return replace(self, log_probs=inputs.widen("log_probs", log_probs))
+
+    def select(self, rows: Int[Tensor, " k"]) -> RatioBatch:
+        """The tokens of some rows, in the order given (a packed batch: `to_padded` is gone)."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        lengths = self.lengths[rows]
+        ends = lengths.cumsum(0)
+        tokens = torch.arange(int(lengths.sum()), device=self.device)
+        tokens = tokens + torch.repeat_interleave(starts[rows] - ends + lengths, lengths)
+        rollout = self.rollout_log_probs
+        return RatioBatch(
+            log_probs=self.log_probs[tokens],
+            old_log_probs=self.old_log_probs[tokens],
+            advantages=self.advantages[tokens],
+            lengths=lengths,
+            labels={n: v.select(tokens if v.per_token else rows) for n, v in self.labels.items()},
+            rollout_log_probs=None if rollout is None else rollout[tokens],
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RatioBatch]) -> RatioBatch:
+        """The tokens of several batches with the same labels, one after the other.
+
+        Raises:
+            EmptyBatchError: for no parts.
+            StrataError: if labels differ in kind, or do not nest over the whole.
+        """
+        if not parts:
+            raise EmptyBatchError("no parts to concatenate; pass at least one RatioBatch")
+        names = [set(part.labels) for part in parts]
+        if any(n != names[0] for n in names) or len({_has_rollout(p) for p in parts}) > 1:
+            raise StrataError(
+                f"the parts do not carry the same columns: labels {[sorted(n) for n in names]}, "
+                f"rollout_log_probs {[_has_rollout(p) for p in parts]}"
+            )
+        first = parts[0]
+        labels = {
+            name: Label.concatenate([part.labels[name] for part in parts]) for name in first.labels
+        }
+        rollout = [p.rollout_log_probs for p in parts if p.rollout_log_probs is not None]
+        whole = cls(
+            log_probs=torch.cat([p.log_probs for p in parts]),
+            old_log_probs=torch.cat([p.old_log_probs for p in parts]),
+            advantages=torch.cat([p.advantages for p in parts]),
+            lengths=torch.cat([p.lengths for p in parts]),
+            labels=labels,
+            rollout_log_probs=torch.cat(rollout) if rollout else None,
+            dropped=sum(p.dropped for p in parts),
+        )
+        whole._check_nesting()
+        return whole
+
+    def _check_nesting(self) -> None:
+        nested = [n for n in self._chain() if n not in GLOBAL_TOKEN_LEVEL]
+        if len(nested) > 1:
+            self.strata(nested)  # refuses labels that do not nest
 
     def strata(self, names: Sequence[str]) -> Strata:
         """The forest of the named strata, coarse to fine in the batch's own order (cached).
@@ -103,6 +235,7 @@ class RatioBatch:
 
     def _chain(self) -> tuple[str, ...]:
         above = [n for n, label in self.labels.items() if not label.per_token]
+        above = [n for n in above if n != "trajectory"]
         below = [n for n, label in self.labels.items() if label.per_token]
         return order_strata([*above, "trajectory", *below])
 
@@ -124,12 +257,14 @@ class RatioBatch:
         Args:
             log_probs: ``[N]`` current policy, nats; the gradient flows into this tensor.
             old_log_probs: ``[N]`` anchor of the ratio, nats.
-            advantages: ``[N]``, or ``[trajectories]`` where constant on a trajectory.
-            lengths: loss tokens of each trajectory, in order; their sum is N. A trajectory of
-                length 0 is dropped and counted in ``dropped``.
-            labels: per stratum, one id a trajectory (``domain``, ``group``, any name; coarse to
-                fine) or one id a token (``turn`` and other strata below the trajectory, ``state``).
+            advantages: ``[N]``, or ``[rows]`` where constant on a row.
+            lengths: loss tokens of each row, in order; their sum is N. A row of length 0 is
+                dropped and counted in ``dropped``.
+            labels: per stratum, one id a row (``domain``, ``group``, any name; coarse to fine) or
+                one id a token (``turn`` and other strata below the trajectory, ``state``).
                 ``domain``, ``group``, ``trajectory``, ``turn`` are put in this order by themselves.
+                A row is one trajectory; rows with the same ``trajectory`` id are pieces of one,
+                here or on another rank (context parallelism, rollouts of several rows).
             rollout_log_probs: ``[N]`` log-probs of the engine that sampled, nats.
             token_labels: names of your own labels below the trajectory. Needed only where a batch
                 may have as many tokens as trajectories (a rank that holds none, answers of one
@@ -235,9 +370,8 @@ class RatioBatch:
                 f"none of the {len(lengths)} trajectories has a loss token. Check the mask, or "
                 "pass allow_empty=True on a rank that may hold nothing."
             )
-        nested = [n for n in batch._chain() if n not in GLOBAL_TOKEN_LEVEL]
-        if len(nested) > 1:
-            batch.strata(nested)  # refuses labels that do not nest
+        inputs.check_pieces(batch.labels.get("trajectory"))
+        batch._check_nesting()
         return batch
 
     def to_padded(self, values: Tensor, fill: float = 0.0) -> Tensor:
@@ -253,6 +387,10 @@ class RatioBatch:
         out = values.new_full(self.mask.shape, fill)
         out[self.mask] = values
         return out
+
+
+def _has_rollout(batch: RatioBatch) -> bool:
+    return batch.rollout_log_probs is not None
 
 
 def _ordered(labels: dict[str, Label]) -> dict[str, Label]:

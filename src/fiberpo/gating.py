@@ -24,7 +24,6 @@ Eqs. 6-16, 20, 26-33, App. E.7.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -37,9 +36,10 @@ from torch import Tensor
 from .batch import RatioBatch
 from .charts import Chart, SignedLog
 from .collective import LOCAL, Collective
-from .errors import FiberPOWarning, ObjectiveError, StrataError
+from .errors import ObjectiveError, StrataError
 from .gates import BudgetClip, Gate, Gated, LogClip, Pass, Site
 from .labels import RESERVED
+from .layout import ContextLayout, Layout, lay_out
 from .strata import Strata
 
 Measure = Literal["trajectory", "token"]
@@ -71,7 +71,7 @@ class GateMap:
                 f'measure is {self.measure!r}; it is "trajectory" (trajectories weigh equally) or '
                 '"token" (tokens weigh equally)'
             )
-        reserved = set(self.gates) & (RESERVED - {"trajectory"})
+        reserved = set(self.gates) & RESERVED
         if reserved:
             raise StrataError(
                 f"{sorted(reserved)} is not a stratum of contexts; the gate of the token stratum "
@@ -79,65 +79,63 @@ class GateMap:
             )
         object.__setattr__(self, "gates", MappingProxyType(dict(self.gates)))
 
-    def __call__(self, batch: RatioBatch, collective: Collective = LOCAL) -> GatedRatio:
+    def lay_out(self, batch: RatioBatch, collective: Collective = LOCAL, **more: bool) -> Layout:
+        """What this map needs to know of a batch besides its log-probs (see `layout.lay_out`)."""
+        gates = list(self.gates.values())
+        return lay_out(
+            batch,
+            tuple(self.gates),
+            measure=self.measure,
+            needs_advantage=any(gate.needs_advantage for gate in gates),
+            states=self.token.states if isinstance(self.token, BudgetClip) else None,
+            collective=collective,
+            **more,
+        )
+
+    def __call__(self, batch: RatioBatch, layout: Layout | None = None) -> GatedRatio:
         """Gate all ratios of a batch; differentiable through ``batch.log_probs``.
+
+        Args:
+            batch: the tokens.
+            layout: `lay_out` of the same tokens, over all ranks; by default of this process alone.
 
         Raises:
             StrataError: if the batch lacks a stratum, or its labels do not nest.
             BudgetError: if a context has no budget.
         """
+        layout = self.lay_out(batch) if layout is None else layout
         log_ratio = batch.log_ratio.double()
         drift = self.chart.decompose(log_ratio)
         sign = torch.sign(batch.advantages)
-        if not self.gates:
-            gated_token = self._gate_tokens(batch, drift, sign, collective)
+        at = layout.contexts
+        if at is None:
+            gated_token = self._gate_tokens(drift, sign, layout)
             log_gated = self.chart.recover(gated_token.value)
-            return GatedRatio(self, batch, collective, log_ratio, drift, log_gated, gated_token)
-        strata = batch.strata(tuple(self.gates))
-        if collective.size == 1:
-            _warn_if_idle(strata)  # across ranks a context may have other children elsewhere
-        omega = self._measure(batch)
-        sums = strata.leaf_segments.rows(torch.cat([omega * drift, omega[None]]))
-        counts = strata.leaf_segments.sum(torch.ones_like(omega))[None]
-        sign_sums = self._advantage_sums(batch, strata)
-        pushed = strata.push_up(torch.cat([sums, counts, sign_sums]))
-        pushed = _merge(pushed, strata, collective)
-        channels = self.chart.channels
-        mass, count = pushed[channels], pushed[channels + 1]
-        mean = pushed[:channels] / mass
+            return GatedRatio(self, batch, layout, log_ratio, drift, log_gated, gated_token)
+        strata = at.strata
+        sums = strata.push_up(strata.leaf_segments.rows(at.omega * drift))
+        mean = at.match.merge(sums) / at.mass
         residual = mean - strata.of_parent(mean)
-        gated = self._gate_contexts(strata, residual, count, pushed[channels + 2 :])
+        gated = self._gate_contexts(residual, at)
         token_drift = drift - strata.at_tokens(mean)
-        gated_token = self._gate_tokens(batch, token_drift, sign, collective)
+        gated_token = self._gate_tokens(token_drift, sign, layout)
         base = strata.at_tokens(strata.sum_path(gated.value))
         log_gated = self.chart.recover(base + gated_token.value)
         return GatedRatio(
-            self, batch, collective, log_ratio, token_drift, log_gated, gated_token,
-            strata=strata, omega=omega, mass=mass, count=count, mean=mean, residual=residual,
-            gated=gated,
+            self, batch, layout, log_ratio, token_drift, log_gated, gated_token,
+            mean=mean, residual=residual, gated=gated,
         )  # fmt: skip
 
-    def _measure(self, batch: RatioBatch) -> Float[Tensor, " N"]:
-        if self.measure == "token":
-            return torch.ones(len(batch), dtype=torch.float64, device=batch.device)
-        return (1.0 / batch.lengths.double())[batch.trajectory]
-
-    def _advantage_sums(self, batch: RatioBatch, strata: Strata) -> Tensor:
-        if not any(gate.needs_advantage for gate in self.gates.values()):
-            return torch.empty(0, len(strata), dtype=torch.float64, device=batch.device)
-        return strata.leaf_segments.sum(batch.advantages.double())[None]
-
-    def _gate_contexts(
-        self, strata: Strata, residual: Tensor, count: Tensor, advantage: Tensor
-    ) -> Gated:
+    def _gate_contexts(self, residual: Tensor, at: ContextLayout) -> Gated:
+        strata, sign = at.strata, at.advantage_sign
         parts = []
         for k, name in enumerate(strata.names):
             here = strata.level(k)
             site = Site(
                 stratum=name,
-                count=count[here],
+                count=at.count[here],
                 names=strata.context_names[k],
-                advantage_sign=torch.sign(advantage[0, here]) if len(advantage) else None,
+                advantage_sign=None if sign is None else sign[here],
             )
             parts.append(self.gates[name](residual[:, here], site))
         return Gated(
@@ -146,26 +144,17 @@ class GateMap:
             torch.cat([p.regime for p in parts], dim=1),
         )
 
-    def _gate_tokens(
-        self, batch: RatioBatch, drift: Tensor, sign: Tensor, collective: Collective
-    ) -> Gated:
+    def _gate_tokens(self, drift: Tensor, sign: Tensor, layout: Layout) -> Gated:
         total = multiplicity = None
         if isinstance(self.token, BudgetClip):
-            states = self._states(batch)
-            if states is None:
-                total, multiplicity = drift.abs(), torch.ones_like(drift)
-            else:
-                size = drift.abs()
-                sums = states.leaf_segments.rows(torch.cat([size, torch.ones_like(size)]))
-                sums = states.at_tokens(_merge(sums, states, collective))
-                total, multiplicity = sums[:1], sums[1:]
+            total, multiplicity = drift.abs(), torch.ones_like(drift)
+            if layout.states is not None:
+                states = layout.states.strata
+                total = layout.states.match.merge(states.leaf_segments.rows(total))
+                total, multiplicity = states.at_tokens(total), layout.states.multiplicity
         one = torch.ones(1, dtype=torch.float64, device=drift.device)
         site = Site("token", one, advantage_sign=sign, total=total, multiplicity=multiplicity)
         return self.token(drift, site)
-
-    def _states(self, batch: RatioBatch) -> Strata | None:
-        assert isinstance(self.token, BudgetClip)
-        return batch.strata([self.token.states]) if self.token.states in batch.labels else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,25 +165,26 @@ class GatedRatio:
         log_gated_ratio: ``[N]`` float64, ``log G(r)_i``.
         token_drift: ``[channels, N]`` residual drift of each token (its input to the token gate).
         token: the gated tokens.
-        strata, mean, residual, gated: contexts, their aggregates ``S_c``, residual drifts and
-            gated residuals, ``[channels, C]``; None where no stratum above the token takes part.
-        mass, count: ``[C]`` summed measure and token count below each context, over all ranks.
+        layout: contexts, masses and counts.
+        mean, residual, gated: aggregates ``S_c`` of the contexts, their residual drifts and gated
+            residuals, ``[channels, C]``; None where no stratum above the token takes part.
     """
 
     gate_map: GateMap
     batch: RatioBatch
-    collective: Collective
+    layout: Layout
     log_ratio: Float[Tensor, " N"]
     token_drift: Float[Tensor, "channels N"]
     log_gated_ratio: Float[Tensor, " N"]
     token: Gated
-    strata: Strata | None = None
-    omega: Float[Tensor, " N"] | None = None
-    mass: Float[Tensor, " C"] | None = None
-    count: Float[Tensor, " C"] | None = None
     mean: Float[Tensor, "channels C"] | None = None
     residual: Float[Tensor, "channels C"] | None = None
     gated: Gated | None = None
+
+    @property
+    def strata(self) -> Strata | None:
+        """The contexts above the token."""
+        return None if self.layout.contexts is None else self.layout.contexts.strata
 
     def uses_ratio(self) -> Tensor:
         """``[N]`` tokens on which the pessimistic form takes ``r A`` instead of ``G A``."""
@@ -208,10 +198,14 @@ class GatedRatio:
         """Log of what multiplies ``mu_i M_i A_i``: ``log G``, or ``log r`` where pessimistic."""
         return torch.where(self.uses_ratio(), self.log_ratio, self.log_gated_ratio)
 
-    def objective(self, weight: Float[Tensor, " N"]) -> Float[Tensor, ""]:
-        """``J = sum_i weight_i exp(log_factor_i)``; tokens of weight 0 are left out."""
+    def terms(self, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """``weight_i exp(log_factor_i)``; 0 where the weight is 0, whatever the factor."""
         factor = torch.where(weight == 0, 0.0, self.log_factor())
-        return (weight * factor.exp()).sum()
+        return weight * factor.exp()
+
+    def objective(self, weight: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+        """``J``, the sum of the `terms`."""
+        return self.terms(weight).sum()
 
     @torch.no_grad()
     def pullback(self, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -228,50 +222,27 @@ class GatedRatio:
         pulled = at_token
         if self.token.total_slope is not None:
             pulled = pulled + self._pull_states(adjoint * self.token.total_slope)
-        if self.strata is not None:
-            pulled = pulled + self._pull_contexts(self.strata, adjoint, at_token)
+        if self.layout.contexts is not None:
+            pulled = pulled + self._pull_contexts(self.layout.contexts, adjoint, at_token)
         taken = torch.where(uses_ratio & ~absent, self.log_ratio, 0.0)
         direct = torch.where(uses_ratio, weight * taken.exp(), 0.0)
         inward = chart.decompose_slope(self.log_ratio)
         return direct + torch.where(pulled == 0, 0.0, pulled * inward).sum(0)
 
-    def _pull_contexts(self, strata: Strata, adjoint: Tensor, at_token: Tensor) -> Tensor:
+    def _pull_contexts(self, at: ContextLayout, adjoint: Tensor, at_token: Tensor) -> Tensor:
         assert self.gated is not None
-        assert self.mass is not None
-        assert self.omega is not None
-        leaf = strata.leaf_segments
+        strata, leaf = at.strata, at.strata.leaf_segments
         below = strata.push_up(leaf.rows(adjoint)) * self.gated.slope
         finer = strata.add_to_parents(below) + leaf.rows(at_token)
-        context_adjoint = _merge(below - finer, strata, self.collective)
-        return self.omega * strata.at_tokens(strata.sum_path(context_adjoint / self.mass))
+        context_adjoint = at.match.merge(below - finer)
+        return at.omega * strata.at_tokens(strata.sum_path(context_adjoint / at.mass))
 
     def _pull_states(self, shared: Tensor) -> Tensor:
-        states = self.gate_map._states(self.batch)
+        sign, states = torch.sign(self.token_drift), self.layout.states
         if states is None:
-            return shared * torch.sign(self.token_drift)
-        sums = _merge(states.leaf_segments.rows(shared), states, self.collective)
-        return states.at_tokens(sums) * torch.sign(self.token_drift)
-
-
-def _merge(values: Tensor, strata: Strata, collective: Collective) -> Tensor:
-    """Context sums over all ranks: shared contexts are added up, the others stay."""
-    if collective.size == 1 or not any(strata.shared):
-        return values
-    index, keys = strata.shared_contexts()
-    merged = values.clone()
-    merged[:, index] = collective.merge(keys, values[:, index])
-    return merged
-
-
-def _warn_if_idle(strata: Strata) -> None:
-    for name in strata.idle:
-        warnings.warn(
-            f'every context of the stratum "{name}" is the only child of its parent: its residual '
-            "drift is 0 and its gate cannot act in this batch (one prompt group a domain, one "
-            "trajectory a group, ...)",
-            FiberPOWarning,
-            stacklevel=3,
-        )
+            return shared * sign
+        sums = states.match.merge(states.strata.leaf_segments.rows(shared))
+        return states.strata.at_tokens(sums) * sign
 
 
 def open_gates(strata: tuple[str, ...] = ("trajectory",)) -> GateMap:

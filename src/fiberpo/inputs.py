@@ -215,6 +215,16 @@ def padded_label(name: str, ids: Any, shape: tuple[int, ...], mask: Tensor) -> L
     return Label(name, codes, values, per_token=False)
 
 
+def check_pieces(label: Label | None) -> None:
+    """Every row belongs to a trajectory."""
+    if label is not None and bool((label.codes < 0).any()):
+        row = int((label.codes < 0).nonzero()[0])
+        raise StrataError(
+            f'labels["trajectory"] has no id for row {row}; give every row the id of the '
+            "trajectory that it is (a piece of)"
+        )
+
+
 def _shape(ids: Any) -> tuple[int, ...]:
     if isinstance(ids, (Tensor, np.ndarray)):
         return tuple(ids.shape)
@@ -248,6 +258,6 @@ def _entries(codes: Tensor) -> str:
 def _check_name(name: str) -> None:
     if name in RESERVED:
         raise StrataError(
-            f'labels["{name}"] is not needed: every row (or entry of lengths) is one trajectory, '
-            "and every loss token one token. Join rows that belong to one trajectory first."
+            f'labels["{name}"] is not needed: every loss token is one token. Strata between the '
+            "trajectory and the token have names of their own (turn, segment, ...)."
         )

@@ -1,7 +1,8 @@
 """Labels: which context of a stratum a trajectory or a token belongs to.
 
-Labels above the trajectory (``domain``, ``group``, ...) have one entry a trajectory; labels below
-it (``turn``, ...) one entry a token. Entries are non-negative integers or strings; ``-1`` (or
+Labels above the trajectory (``domain``, ``group``, ...) have one entry a row; labels below it
+(``turn``, ...) one entry a token. A row is one trajectory, or, where ``trajectory`` is a label too,
+one piece of the trajectory with that id. Entries are non-negative integers or strings; ``-1`` (or
 ``None`` in a list of strings) says that there is no context of this stratum here, which makes a
 rooted tree whose branches differ in depth.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,8 @@ from .errors import StrataError
 CANONICAL_ORDER = ("domain", "group", "trajectory", "turn")
 """Strata whose place is known, coarse to fine, in whatever order the caller lists them."""
 
-ROW_LEVEL = frozenset({"domain", "group"})
-"""Labels that are always read one entry a trajectory."""
+ROW_LEVEL = frozenset({"domain", "group", "trajectory"})
+"""Labels that are always read one entry a row."""
 
 TOKEN_LEVEL = frozenset({"turn", "state"})
 """Labels that are always read one entry a token."""
@@ -31,7 +33,7 @@ TOKEN_LEVEL = frozenset({"turn", "state"})
 GLOBAL_TOKEN_LEVEL = frozenset({"state"})
 """Token labels whose ids mean the same in every trajectory (elsewhere they are local to one)."""
 
-RESERVED = frozenset({"trajectory", "token"})
+RESERVED = frozenset({"token"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class Label:
         return tuple(str(v) for v in self.values.tolist())
 
     def select(self, keep: Tensor) -> Label:
-        """The entries where ``keep`` holds (contexts that lose all entries go too)."""
+        """The entries at ``keep``, a mask or indices (contexts that lose all entries go too)."""
         codes = self.codes[keep]
         used = torch.unique(codes[codes >= 0])
         table = codes.new_full((self.count + 1,), -1)
@@ -71,18 +73,82 @@ class Label:
             values = self.values[used]
         return replace(self, codes=table[codes], values=values)
 
+    def keys(self) -> Int[Tensor, " contexts"]:
+        """64-bit keys of all contexts, equal wherever the caller's ids are equal.
+
+        Text that reads as an integer has the key of that integer. Two different ids collide with
+        a probability of ``contexts^2 / 2^65``.
+        """
+        salt = _digest(self.name)
+        if isinstance(self.values, Tensor):
+            return mix(self.values, salt)
+        codes = [int(v) if _is_id(v) and str(int(v)) == v else _digest(v) for v in self.values]
+        return mix(torch.tensor(codes, dtype=torch.long, device=self.codes.device), salt)
+
+    @staticmethod
+    def concatenate(labels: Sequence[Label]) -> Label:
+        """The entries of several labels of one name, one after the other.
+
+        Raises:
+            StrataError: if some hold integers and others strings.
+        """
+        filled = [label for label in labels if label.count] or list(labels[:1])
+        first, device = filled[0], filled[0].codes.device
+        values: tuple[str, ...] | Tensor
+        numbers = [label.values for label in filled if isinstance(label.values, Tensor)]
+        texts = [label.values for label in filled if isinstance(label.values, tuple)]
+        if not texts:
+            values = union = torch.unique(torch.cat(numbers))
+            tables = [torch.searchsorted(union, mine) for mine in numbers]
+        elif not numbers:
+            values = tuple(sorted({v for mine in texts for v in mine}))
+            position = {v: i for i, v in enumerate(values)}
+            tables = [torch.tensor([position[v] for v in m], dtype=torch.long) for m in texts]
+        else:
+            raise StrataError(
+                f'labels["{first.name}"] holds integers in one part and strings in another; use '
+                "one kind throughout"
+            )
+        # one slot more, at the end: the code -1 stays -1
+        absent = torch.tensor([-1])
+        joined = {id(v): torch.cat([t.cpu(), absent]) for v, t in zip(filled, tables, strict=True)}
+        codes = [joined.get(id(v), absent).to(device)[v.codes] for v in labels]
+        return replace(first, codes=torch.cat(codes), values=values)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def mix(ids: Int[Tensor, " n"], salt: int | Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """A 64-bit finaliser (splitmix64) of ``ids ^ salt``; the same on every machine."""
+    x = (ids ^ salt) + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
 
 @dataclass(frozen=True, eq=False)
 class ContextNames:
     """What the contexts of one stratum are called, both ways.
 
-    ``label`` is None for trajectories (called by their number). Below the trajectory a context is
-    one label value in one trajectory: ``local[i] = trajectory * label.count + code``.
+    ``label`` is None for trajectories without ids (called by their number). Below the trajectory a
+    context is one label value in one trajectory: ``local[i] = trajectory * label.count + code``,
+    and ``trajectory`` is the label of the trajectories where they have ids.
     """
 
     label: Label | None = None
     local: Int[Tensor, " contexts"] | None = None
     count: int = 0
+    trajectory: Label | None = None
 
     def __call__(self, i: int) -> str:
         """The caller's id of context ``i`` (``trajectory/id`` below the trajectory)."""
@@ -91,7 +157,18 @@ class ContextNames:
         if self.local is None:
             return self.label.value(i)
         trajectory, code = divmod(int(self.local[i]), self.label.count)
-        return f"{trajectory}/{self.label.value(code)}"
+        row = str(trajectory) if self.trajectory is None else self.trajectory.value(trajectory)
+        return f"{row}/{self.label.value(code)}"
+
+    def keys(self) -> Int[Tensor, " contexts"]:
+        """Keys of all contexts (see `Label.keys`)."""
+        assert self.label is not None
+        keys = self.label.keys()
+        if self.local is None:
+            return keys
+        assert self.trajectory is not None
+        trajectory = torch.div(self.local, self.label.count, rounding_mode="floor")
+        return mix(self.trajectory.keys()[trajectory], keys[self.local % self.label.count])
 
     def find(self, value: str) -> Int[Tensor, " matches"]:
         """Contexts that carry the label value ``value`` (none, one, or one a trajectory)."""

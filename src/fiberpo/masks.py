@@ -61,7 +61,7 @@ class MaxDivergence(_Combined):
     def __call__(self, batch: RatioBatch) -> Bool[Tensor, " trajectories"]:
         """True where no token exceeds ``delta``."""
         beyond = (_rollout_log_ratio(batch).square() / 2 > self.delta).double()
-        return batch.by_trajectory.sum(beyond) == 0
+        return batch.per_trajectory(beyond) == 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class MeanDivergence(_Combined):
         """True where the mean does not exceed ``delta``."""
         log_rho = _rollout_log_ratio(batch)
         k3 = torch.expm1(log_rho) - log_rho
-        return batch.by_trajectory.sum(k3) / batch.lengths <= self.delta
+        return batch.per_trajectory(k3) / batch.trajectory_lengths <= self.delta
 
 
 @dataclass(frozen=True)

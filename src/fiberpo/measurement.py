@@ -79,11 +79,10 @@ def _own_channel(gated: GatedRatio) -> Tensor:
 
 def _share(gated: GatedRatio) -> Tensor:
     """Part of each context's tokens that this rank holds; 1 in a single process."""
-    assert gated.strata is not None
-    assert gated.count is not None
+    at = gated.layout.contexts
+    assert at is not None
     ones = torch.ones_like(gated.log_ratio)
-    here = gated.strata.push_up(gated.strata.leaf_segments.sum(ones)[None])[0]
-    return here / gated.count
+    return at.strata.push_up(at.strata.leaf_segments.sum(ones)[None])[0] / at.count
 
 
 def _fractions(
@@ -127,7 +126,7 @@ def _tokens_by_domain(batch: RatioBatch) -> dict[str, Tensor]:
     label = batch.labels.get("domain")
     if label is None or label.per_token or not label.count <= MOST_DOMAINS:
         return {}
-    codes = label.codes[batch.trajectory]
+    codes = label.codes[batch.row]
     return {f"/domain={label.value(i)}": codes == i for i in range(label.count)}
 
 

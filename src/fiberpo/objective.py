@@ -21,6 +21,7 @@ from .collective import LOCAL, Collective
 from .errors import ObjectiveError
 from .gates import BudgetClip, Regime
 from .gating import GatedRatio, GateMap
+from .layout import Layout
 from .masks import SequenceMask
 from .measurement import measure
 from .statistics import Statistics
@@ -64,12 +65,38 @@ class Objective:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     papers: tuple[str, ...] = ()
 
+    def plan(
+        self,
+        batch: RatioBatch,
+        *,
+        denominators: Denominators | None = None,
+        collective: Collective = LOCAL,
+        mu: Float[Tensor, " N"] | None = None,
+    ) -> Plan:
+        """What does not depend on the log-probs: contexts, denominators, weights.
+
+        Serves every evaluation on the same tokens (other log-probs, same labels, lengths and
+        advantages). All ranks call together.
+
+        Args:
+            batch, denominators, collective: as in `__call__`.
+            mu: weights that are already known (of a part of a larger batch).
+        """
+        batch = batch.joined(collective)
+        layout = self.gate_map.lay_out(batch, collective, warn=mu is None)
+        if denominators is not None:
+            self._check_parts(batch)
+        if mu is None:
+            mu = self.weights(batch, denominators, collective)
+        return Plan(layout, mu, collective, batch)
+
     def __call__(
         self,
         batch: RatioBatch,
         *,
         denominators: Denominators | None = None,
         collective: Collective = LOCAL,
+        plan: Plan | None = None,
         gradient: GradientForm = "closed_form",
     ) -> Surrogate:
         """Evaluate on a batch.
@@ -79,30 +106,31 @@ class Objective:
             denominators: counts of the whole optimizer batch, where ``batch`` is a part of it. Only
                 for objectives whose contexts all lie inside the part (token and trajectory gates).
             collective: where the other parts of the batch are; every rank calls together.
+            plan: `plan` of the same tokens, in place of the two arguments above.
             gradient: ``"closed_form"`` (O(N), default) or ``"autograd"`` through the gates; equal.
 
         Returns:
             `Surrogate`; ``loss.backward()`` sends the exact gradient into ``batch.log_probs``.
         """
-        if denominators is not None:
-            self._check_parts(batch)
+        if plan is None:
+            plan = self.plan(batch, denominators=denominators, collective=collective)
+        batch = plan.adopt(batch)
         with torch.no_grad():
-            weight = self.weights(batch, denominators, collective) * batch.advantages.double()
+            weight = plan.mu * batch.advantages.double()
             if self.mask is not None:
-                kept = self.mask(batch)
-                weight = weight * kept[batch.trajectory]
+                weight = weight * self.mask(batch)[batch.trajectory]
         if gradient == "autograd":
-            if collective.size > 1:
+            if plan.collective.size > 1:
                 raise ObjectiveError(
                     f"gradient='autograd' sees one process, but the batch is spread over "
-                    f"{collective.size}; use the closed form"
+                    f"{plan.collective.size}; use the closed form"
                 )
-            gated = self.gate_map(batch, collective)
+            gated = self.gate_map(batch, plan.layout)
             loss = -gated.objective(weight)
             coefficients = gated.pullback(weight)
         elif gradient == "closed_form":
             with torch.no_grad():
-                gated = self.gate_map(batch, collective)
+                gated = self.gate_map(batch, plan.layout)
                 value = -gated.objective(weight)
                 coefficients = gated.pullback(weight)
             loss = _Linear.apply(batch.log_probs, value, -coefficients.to(batch.log_probs.dtype))
@@ -121,12 +149,43 @@ class Objective:
                 f"denominators say that this batch is a part, but contexts of {cut} may reach into "
                 "the other parts, where their drift is not known. Call the objective once on the "
                 "whole batch (log-probs without graph) and backpropagate "
-                "-(coefficients * log_probs).sum() part by part."
+                "-(coefficients * log_probs).sum() part by part; fiberpo.exact does that."
             )
 
     def __str__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items() if v is not None)
         return f"{self.name}({inside})"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Contexts and weights of the tokens of one optimizer batch (see `Objective.plan`).
+
+    Attributes:
+        layout: contexts, masses and counts over all ranks.
+        mu: ``[N]`` float64 aggregation weights ``mu_i``.
+        collective: the ranks.
+        batch: the tokens.
+    """
+
+    layout: Layout
+    mu: Float[Tensor, " N"]
+    collective: Collective
+    batch: RatioBatch
+
+    def adopt(self, batch: RatioBatch) -> RatioBatch:
+        """``batch``, known to have the tokens of this plan.
+
+        Raises:
+            ObjectiveError: if it has other tokens.
+        """
+        mine = self.batch.lengths
+        if batch.lengths is mine or torch.equal(batch.lengths, mine):
+            return batch.joined_like(self.batch)
+        raise ObjectiveError(
+            f"the plan was made for {len(self.batch)} tokens in {self.batch.rows} rows, the batch "
+            f"has {len(batch)} in {batch.rows}; make a new plan for other tokens"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +211,11 @@ class Surrogate:
     def log_gated_ratio(self) -> Float[Tensor, " N"]:
         """``log G(r)_i``, float64."""
         return self.gated.log_gated_ratio
+
+    @property
+    def values(self) -> Float[Tensor, " N"]:
+        """``[N]`` float64, each token's share ``-mu_i M_i G_i A_i`` of the loss."""
+        return -self.gated.terms(self.weight)
 
     @cached_property
     def regimes(self) -> dict[str, Int8[Tensor, "channels contexts"]]:
@@ -181,4 +245,4 @@ class Surrogate:
         return self.statistics.compute()
 
 
-__all__ = ["Objective", "Regime", "Surrogate"]
+__all__ = ["Objective", "Plan", "Regime", "Surrogate"]

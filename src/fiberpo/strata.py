@@ -10,7 +10,7 @@ Reference: *Fibration Policy Optimization*, arXiv 2603.08239, Definition 6.1 and
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -36,7 +36,8 @@ class Strata:
         leaf: ``[N]`` finest context of every token.
         context_names: per stratum, what its contexts are called.
         shared: per stratum, whether its contexts can also have tokens in other batches of the same
-            optimizer step (other ranks). Trajectories and what lies below them never do.
+            optimizer step (other ranks). Trajectories, and what lies below them, only where the
+            batch has ids for trajectories.
     """
 
     NO_PARENT: ClassVar[int] = -1
@@ -113,16 +114,42 @@ class Strata:
         """``values`` of each token's leaf context."""
         return values[:, self.leaf]
 
-    def shared_contexts(self) -> tuple[Tensor, list[Hashable]]:
-        """Contexts that other ranks may hold too, with keys that are the same on every rank."""
-        index: list[int] = []
-        keys: list[Hashable] = []
-        for k, shared in enumerate(self.shared):
-            if shared:
-                start, end = self.bounds[k], self.bounds[k + 1]
-                index += range(start, end)
-                keys += [(self.names[k], self.context_names[k](i)) for i in range(end - start)]
-        return torch.tensor(index, dtype=torch.long, device=self.parent.device), keys
+    def shared_contexts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Contexts that other ranks may hold too: indices, keys, and keys of their parents.
+
+        Keys are the same on every rank for the same ids; the parent of a root has key 0.
+        """
+        where = [k for k, shared in enumerate(self.shared) if shared]
+        device = self.parent.device
+        none = torch.empty(0, dtype=torch.long, device=device)
+        keys = torch.zeros(len(self) + 1, dtype=torch.long, device=device)
+        for k in where:
+            keys[self.level(k)] = self.context_names[k].keys()
+        index = torch.cat(
+            [none, *(torch.arange(len(self))[self.level(k)].to(device) for k in where)]
+        )
+        above = torch.where(self.parent == self.NO_PARENT, len(self), self.parent)
+        return index, keys[index], keys[above[index]]
+
+    def describe(self, context: int) -> str:
+        """``group "7"``: stratum and the caller's id of a context."""
+        k = int(self.stratum[context])
+        return f'{self.names[k]} "{self.context_names[k](context - self.bounds[k])}"'
+
+    def range(self, values: Int[Tensor, " N"]) -> tuple[Int[Tensor, " C"], Int[Tensor, " C"]]:
+        """Smallest and largest of the tokens' ``values`` below each context."""
+        limits = torch.iinfo(values.dtype)
+        low = values.new_full((len(self),), limits.max).scatter_reduce(0, self.leaf, values, "amin")
+        high = values.new_full((len(self),), limits.min).scatter_reduce(
+            0, self.leaf, values, "amax"
+        )
+        for k in range(len(self.names) - 1, 0, -1):
+            here = self.level(k)
+            child = self.parent[here] != self.NO_PARENT
+            above = self.parent[here][child]
+            low = low.scatter_reduce(0, above, low[here][child], "amin")
+            high = high.scatter_reduce(0, above, high[here][child], "amax")
+        return low, high
 
     @cached_property
     def idle(self) -> tuple[str, ...]:
@@ -140,10 +167,11 @@ class Strata:
         )
 
 
-def build(
-    names: Sequence[str], labels: dict[str, Label], lengths: Int[Tensor, " trajectories"]
-) -> Strata:
+def build(names: Sequence[str], labels: dict[str, Label], lengths: Int[Tensor, " rows"]) -> Strata:
     """The forest of the named strata (coarse to fine; ``trajectory`` among them or not).
+
+    ``lengths`` are the token counts of the rows; a row is a trajectory unless ``trajectory`` is a
+    label.
 
     Raises:
         StrataError: if a name has no label, if a context lies in two parents, or if a token has
@@ -194,11 +222,12 @@ class _Level:
     called: ContextNames
 
 
-def _level(name: str, labels: dict[str, Label], row: Tensor, trajectories: int) -> _Level:
+def _level(name: str, labels: dict[str, Label], row: Tensor, rows: int) -> _Level:
     """The contexts of one stratum, not yet hung on their parents."""
-    if name == "trajectory":
-        codes = torch.arange(trajectories, device=row.device)
-        called = ContextNames(count=trajectories)
+    pieces = labels.get("trajectory")
+    if name == "trajectory" and pieces is None:
+        codes = torch.arange(rows, device=row.device)
+        called = ContextNames(count=rows)
         return _Level(name, codes, codes, per_token=False, shared=False, called=called)
     if name not in labels:
         raise StrataError(
@@ -213,12 +242,14 @@ def _level(name: str, labels: dict[str, Label], row: Tensor, trajectories: int) 
         called = ContextNames(label)
         return _Level(name, label.codes, slots, label.per_token, shared=True, called=called)
     # ids below the trajectory are local to it: turn 0 of one trajectory is not turn 0 of another
-    combined = torch.where(label.codes >= 0, row * label.count + label.codes, -1)
+    trajectory = row if pieces is None else pieces.codes[row]
+    combined = torch.where(label.codes >= 0, trajectory * label.count + label.codes, -1)
     distinct, codes = torch.unique(combined, return_inverse=True)
     if len(distinct) and bool(distinct[0] == -1):
         distinct, codes = distinct[1:], codes - 1
-    called = ContextNames(label, distinct)
-    return _Level(name, codes, distinct, per_token=True, shared=False, called=called)
+    called = ContextNames(label, distinct, trajectory=pieces)
+    shared = pieces is not None
+    return _Level(name, codes, distinct, per_token=True, shared=shared, called=called)
 
 
 def _parent_of(level: _Level, here: Tensor, levels: Sequence[_Level]) -> Tensor:

@@ -42,16 +42,16 @@ class Denominators:
     Example:
         >>> whole = RatioBatch.from_packed(torch.zeros(3), torch.zeros(3), torch.ones(2), [2, 1])
         >>> Denominators.of(whole)
-        Denominators(tokens=3, trajectories=2)
+        Denominators(tokens=3.0, trajectories=2.0)
     """
 
     tokens: float
     trajectories: float
 
     @classmethod
-    def of(cls, batch: RatioBatch) -> Denominators:
-        """The counts of one batch."""
-        return cls(len(batch), batch.trajectories)
+    def of(cls, batch: RatioBatch, collective: Collective = LOCAL) -> Denominators:
+        """The counts of one batch, over all ranks that hold parts of it."""
+        return cls(*_counts(batch, collective).tolist())
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,7 @@ class Weights:
         if self.kind == "stratum_mean":
             return self._stratum_mean(batch, denominators, collective)
         if denominators is None:
-            counts = torch.tensor([len(batch), batch.trajectories], dtype=torch.float64).to(device)
-            tokens, trajectories = collective.total(counts)
+            tokens, trajectories = _counts(batch, collective)
         else:
             whole = torch.tensor([denominators.tokens, denominators.trajectories])
             tokens, trajectories = whole.double().to(device)
@@ -165,7 +164,7 @@ class Weights:
             return one / trajectories
         if self.kind == "constant":
             return one / (trajectories * self.length)
-        return 1.0 / (trajectories * batch.lengths.double()[batch.trajectory])
+        return 1.0 / (trajectories * batch.trajectory_lengths)[batch.trajectory]
 
     def _stratum_mean(
         self, batch: RatioBatch, denominators: Denominators | None, collective: Collective
@@ -179,8 +178,14 @@ class Weights:
         strata = batch.strata([self.stratum])
         one = torch.ones(len(batch), dtype=torch.float64, device=batch.device)
         count = strata.leaf_segments.sum(one)[None]
-        if collective.size > 1 and any(strata.shared):
-            count = collective.merge(strata.shared_contexts()[1], count)
+        if collective.size > 1:
+            count = collective.match(strata).merge(count)
         share = 1.0 / count[0][strata.leaf]
         # a context has shares that add up to 1 over all ranks, so their sum counts the contexts
         return share / collective.total(share.sum())
+
+
+def _counts(batch: RatioBatch, collective: Collective) -> Float[Tensor, "2"]:
+    """Tokens and trajectories over all ranks."""
+    share = batch.trajectory_share
+    return collective.total(torch.stack([torch.full_like(share, len(batch)), share]))

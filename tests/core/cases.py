@@ -1,6 +1,5 @@
 """Batches for the tests: random ones with known structure, and a stand-in for several ranks."""
 
-import threading
 import warnings
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ import torch
 
 import fiberpo
 from core import oracle
+from fiberpo.testing import simulate_ranks
 
 F64 = torch.float64
 
@@ -125,62 +125,8 @@ def hierarchy_oracle(case, budgets, epsilon, measure="trajectory", log_ratios=No
     )
 
 
-class _Meeting:
-    def __init__(self, size):
-        self.size, self.slots = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=30)
-
-
-class FakeRank:
-    """A `Collective` of one of several threads that stand for ranks."""
-
-    def __init__(self, meeting, rank):
-        self.meeting, self.rank, self.merges = meeting, rank, 0
-
-    @property
-    def size(self):
-        return self.meeting.size
-
-    def _exchange(self, value):
-        self.meeting.slots[self.rank] = value
-        self.meeting.barrier.wait()
-        everything = list(self.meeting.slots)
-        self.meeting.barrier.wait()
-        return everything
-
-    def total(self, values):
-        return sum(self._exchange(values.clone()))
-
-    def merge(self, keys, values):
-        self.merges += 1
-        sums = {}
-        for other_keys, other in self._exchange((list(keys), values.clone())):
-            assert other.shape == (values.shape[0], len(other_keys))
-            for column, key in enumerate(other_keys):
-                sums[key] = sums.get(key, 0) + other[:, column]
-        columns = [sums[key] for key in keys]
-        return torch.stack(columns, dim=1) if columns else values.clone()
-
-
 def run_ranks(objective, batches):
     """Call the objective on every part at once; the surrogates in rank order."""
-    meeting = _Meeting(len(batches))
-    out, errors = [None] * len(batches), []
-
-    def work(rank):
-        try:
-            out[rank] = objective(batches[rank], collective=FakeRank(meeting, rank))
-        except BaseException as error:
-            errors.append(error)
-            meeting.barrier.abort()
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fiberpo.FiberPOWarning)  # parts may hold single contexts
-        threads = [threading.Thread(target=work, args=(r,)) for r in range(len(batches))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
-    return out
+        return simulate_ranks(lambda b, ranks: objective(b, collective=ranks), batches)

@@ -1,12 +1,15 @@
 """Batches spread over ranks: two reductions of context sums give exactly the whole gradient."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 import fiberpo
-from core.cases import FakeRank, _Meeting, packed, random_case, random_tree, run_ranks
+from core.cases import packed, random_case, random_tree, run_ranks
 from fiberpo import recipes
+from fiberpo.testing import simulate_ranks
 
 CHAIN = {"domain": (0.06, 0.03), "group": (0.08, 0.05), "trajectory": (0.12, 0.05)}
 OBJECTIVES = {
@@ -124,26 +127,58 @@ def test_a_part_is_refused_where_contexts_reach_beyond_it():
     assert torch.isfinite(OBJECTIVES["fiberpo"](batch, denominators=counts).loss)
 
 
-def test_two_reductions_of_contexts_an_objective():
+@pytest.mark.parametrize(
+    ("name", "reductions"), [("fiberpo_domain", 2), ("fiberpo", 0), ("ppo", 0)]
+)
+def test_two_reductions_of_shared_contexts_a_step(name, reductions):
     """Sums on the way up, adjoints on the way down; trajectory gates need none."""
-    for name, expected in (("fiberpo_domain", 2), ("fiberpo", 0), ("ppo", 0)):
-        merges = []
+    objective = OBJECTIVES[name]
+    batches = [b for b, _ in parts_of(random_case(1), SPLITS["two ranks"][0], 2)]
 
-        class Counting(FakeRank):
-            def merge(self, keys, values):
-                merges.append(len(keys))
-                return super().merge(keys, values)
+    def step(batch, ranks):
+        plan = objective.plan(batch, collective=ranks)
+        calls, sent = ranks.calls, ranks.sent
+        objective(batch, plan=plan)
+        return ranks.calls - calls, ranks.sent - sent
 
-        class OneOfTwo(_Meeting):
-            """A second rank that has nothing to add: no thread needed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fiberpo.FiberPOWarning)
+        for calls, sent in simulate_ranks(step, batches):
+            assert calls == reductions
+            # two channels in float64 of what both ranks hold, never of tokens or trajectories:
+            # 2 domains and 3 of the 4 groups
+            assert sent == reductions * 2 * 5 * 8
 
-            def __init__(self):
-                super().__init__(1)
-                self.size = 2
 
-        OBJECTIVES[name](random_case(1).batch(), collective=Counting(OneOfTwo(), 0))
-        assert len(merges) == expected
-        assert set(merges) <= {6}  # 2 domains and 4 groups, never tokens or trajectories
+def test_only_contexts_that_two_ranks_hold_are_exchanged():
+    """Groups that are whole on their rank cost nothing; their domain does."""
+    case = random_case(1)
+    rank_of = [0 if group in (0, 2) else 1 for group in case.labels["group"]]
+    batches = [b for b, _ in parts_of(case, rank_of, 2)]
+    objective = OBJECTIVES["fiberpo_domain"]
+    widths = simulate_ranks(
+        lambda b, ranks: objective.plan(b, collective=ranks).layout.contexts.match.width, batches
+    )
+    assert widths == [2, 2]
+
+
+def test_contexts_that_nest_differently_on_two_ranks_are_refused_on_both():
+    """The same group in two domains: every rank says so, none hangs."""
+    batches = [
+        packed([0.1, 0.2], [1.0, 1.0], [1, 1], labels={"domain": ["m", "m"], "group": ["a", "b"]}),
+        packed([0.1, 0.2], [1.0, 1.0], [1, 1], labels={"domain": ["c", "m"], "group": ["a", "c"]}),
+    ]
+    found = []
+
+    def call(batch, ranks):
+        try:
+            OBJECTIVES["fiberpo_domain"](batch, collective=ranks)
+        except fiberpo.StrataError as error:
+            found.append(str(error))
+
+    simulate_ranks(call, batches)
+    assert len(found) == 2
+    assert all('group "a" lies in different parents on different ranks (1 such' in f for f in found)
 
 
 @pytest.mark.parametrize("kind", ["strings", "integers"])
@@ -166,8 +201,6 @@ def test_a_group_spread_over_ranks_is_not_idle():
 
     (`run_ranks` silences warnings; here they are recorded.)
     """
-    import warnings
-
     labels = {"group": torch.tensor([0])}
     batches = [packed([ell, ell], [1.0] * 2, [2], labels=labels) for ell in (0.3, 0.0)]
     objective = recipes.fiberpo_domain({"group": (0.1, 0.1), "trajectory": (0.1, 0.1)})

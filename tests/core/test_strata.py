@@ -202,10 +202,27 @@ def test_mixed_strings_and_numbers_are_refused():
     refused(lambda: batch([1, 1], group=["a", 3]), 'labels["group"][1]', "3", "strings")
 
 
-@pytest.mark.parametrize("name", ["trajectory", "token"])
-def test_reserved_names_are_refused(name):
-    """Rows are trajectories already."""
-    refused(lambda: batch([1, 1], **{name: [0, 1]}), f'labels["{name}"]', "not needed")
+def test_a_label_of_tokens_is_refused():
+    """Every token is one already."""
+    refused(lambda: batch([1, 1], token=[0, 1]), 'labels["token"]', "not needed")
+
+
+def test_keys_of_contexts_follow_the_callers_ids():
+    """Equal on every rank for equal ids, whatever their order and kind; never by position."""
+
+    def keys(name, ids):
+        label = batch([1] * len(ids), **{name: ids}).labels[name]
+        return dict(zip(label.value_names(), label.keys().tolist()))
+
+    text, numbers = keys("group", ["b", "7", "a"]), keys("group", torch.tensor([7, 3]))
+    assert text["7"] == numbers["7"]
+    assert keys("group", ["a", "z"])["a"] == text["a"]
+    assert keys("domain", ["a"])["a"] != text["a"]
+    assert keys("group", ["07"])["07"] != numbers["7"]
+    # the same on every machine
+    assert numbers == {"7": 593365377213018480, "3": 7429945414625556166}
+    many = keys("group", torch.arange(20000))
+    assert len(set(many.values())) == 20000
 
 
 def test_label_missing_for_a_named_stratum_is_refused():

@@ -109,15 +109,15 @@ MUTANTS = [
     Mutant(
         "context sums not merged over ranks",
         "gating.py",
-        "pushed = _merge(pushed, strata, collective)",
-        "pushed = pushed * 1",
+        "mean = at.match.merge(sums) / at.mass",
+        "mean = sums / at.mass",
         "test_ranks.py::test_ranks_together_have_the_coefficients_of_one_process"
         "[two ranks-fiberpo_domain]",
     ),
     Mutant(
         "cross terms between ranks dropped (second merge skipped)",
         "gating.py",
-        "context_adjoint = _merge(below - finer, strata, self.collective)",
+        "context_adjoint = at.match.merge(below - finer)",
         "context_adjoint = below - finer",
         "test_ranks.py::test_ranks_together_have_the_coefficients_of_one_process"
         "[two ranks-fiberpo_domain]",
@@ -125,8 +125,8 @@ MUTANTS = [
     Mutant(
         "weights counted per rank",
         "weights.py",
-        "tokens, trajectories = collective.total(counts)",
-        "tokens, trajectories = counts",
+        "return collective.total(torch.stack([torch.full_like(share, len(batch)), share]))",
+        "return torch.stack([torch.full_like(share, len(batch)), share])",
         "test_ranks.py::test_ranks_together_have_the_coefficients_of_one_process[two ranks-grpo]",
     ),
     Mutant(
@@ -202,15 +202,15 @@ MUTANTS = [
     Mutant(
         "turns of different trajectories joined",
         "strata.py",
-        "row * label.count + label.codes, -1)",
+        "trajectory * label.count + label.codes, -1)",
         "label.codes, -1)",
         "test_hierarchy.py::test_turn_ids_are_local_to_their_trajectory",
     ),
     Mutant(
         "context sums in float32",
         "gating.py",
-        "rows(torch.cat([omega * drift, omega[None]]))",
-        "rows(torch.cat([omega * drift, omega[None]]).float()).double()",
+        "strata.push_up(strata.leaf_segments.rows(at.omega * drift))",
+        "strata.push_up(strata.leaf_segments.rows((at.omega * drift).float())).double()",
         "test_numerics.py::test_long_sequences_in_float32[rollback-1]",
     ),
     Mutant(
@@ -223,8 +223,8 @@ MUTANTS = [
     Mutant(
         "labels matched by number instead of id over ranks",
         "strata.py",
-        "keys += [(self.names[k], self.context_names[k](i)) for i in range(end - start)]",
-        "keys += [(self.names[k], i) for i in range(end - start)]",
+        "keys[self.level(k)] = self.context_names[k].keys()",
+        "keys[self.level(k)] = torch.arange(1, len(self) + 1)[self.level(k)]",
         "test_ranks.py::test_ranks_agree_by_the_callers_ids",
     ),
 ]
