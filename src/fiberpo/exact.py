@@ -28,6 +28,7 @@ rollout (every log ratio is 0), and where no context reaches beyond one micro-ba
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -145,8 +146,8 @@ class Window:
         route: where the coefficients come from.
         needs_forward: whether `fill` must be called with the log-probs of all parts.
         weights: per part, ``mu_i`` of its tokens, over the denominators of the whole step.
-        surrogate: the objective on this rank's whole window, once it is known (not in routes that
-            go part by part).
+        surrogates: the objective on this rank's window, once it is known: one for the whole, or, in
+            routes that go part by part, one for each part so far.
         phase_difference: largest ``|log_probs - log_probs of phase 1|`` on this rank so far; what
             a forward pass that is not deterministic (dropout, other kernels) shows.
     """
@@ -163,15 +164,19 @@ class Window:
         every = stepper.check_every
         self._checks = self._approximate and every > 0 and stepper.windows % every == 0
         self.needs_forward = self.route is Route.TWO_PHASE or self._checks
-        self.surrogate: Surrogate | None = None
+        self.surrogates: list[Surrogate] = []
         self.phase_difference = torch.zeros((), dtype=torch.float64, device=whole.device)
         self._phase_one: list[Tensor] = []
         self._coefficients: list[Tensor] = []
         self._values: dict[int, Tensor] = {}
-        self._statistics: Statistics | None = None
+        self._whole_values: list[Tensor] = []
         self._error = torch.zeros(2, dtype=torch.float64, device=whole.device)
         if self.route is Route.FRESH:
             self._evaluate(whole.old_log_probs)
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        return self._whole.device
 
     @property
     def _approximate(self) -> bool:
@@ -232,8 +237,11 @@ class Window:
 
     def _evaluate(self, log_probs: Tensor) -> None:
         whole = self._whole.with_log_probs(log_probs)
-        self.surrogate = self.stepper.objective(whole, plan=self._plan)
-        self._coefficients = list(self.surrogate.coefficients.split(self._sizes))
+        surrogate = self.stepper.objective(whole, plan=self._plan)
+        self._coefficients = list(surrogate.coefficients.split(self._sizes))
+        self._whole_values = list(surrogate.values.split(self._sizes))
+        if not self._approximate:
+            self.surrogates = [surrogate]
 
     def loss(self, k: int, log_probs: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """What to call ``backward`` on for part ``k``.
@@ -275,10 +283,9 @@ class Window:
         if self.route is Route.SINGLE and not self._coefficients:
             self._evaluate(detached.log_probs)
         if self.route in (Route.FRESH, Route.SINGLE, Route.TWO_PHASE):
-            assert self.surrogate is not None
-            return self._coefficients[k], self.surrogate.values.split(self._sizes)[k].sum()
+            return self._coefficients[k], self._whole_values[k].sum()
         surrogate = self.stepper.objective(detached, plan=self._part_plan(k, detached))
-        self._add(surrogate.statistics)
+        self.surrogates.append(surrogate)
         if self._checks:
             exact = self._coefficients[k]
             apart = (surrogate.coefficients - exact).square().sum()
@@ -290,10 +297,6 @@ class Window:
         collective = self.stepper.memory if self.route is Route.STALE else LOCAL
         return self.stepper.objective.plan(part, collective=collective, mu=self.weights[k])
 
-    def _add(self, statistics: Statistics) -> None:
-        before = self._statistics
-        self._statistics = statistics if before is None else before.merge(statistics)
-
     def close(self) -> None:
         """End the step; all ranks call together (the mode ``"stale"`` exchanges its sums here)."""
         if self.route is Route.STALE:
@@ -302,11 +305,9 @@ class Window:
     @property
     def statistics(self) -> Statistics:
         """`Statistics` of this rank's tokens; those of all ranks merge to the whole's."""
-        if self._statistics is not None:
-            return self._statistics
-        if self.surrogate is None:
+        if not self.surrogates:
             raise ObjectiveError("nothing has been evaluated in this window yet")
-        return self.surrogate.statistics
+        return functools.reduce(Statistics.merge, (s.statistics for s in self.surrogates))
 
     def value(self) -> Float[Tensor, ""]:
         """The loss of the whole optimizer step, over all ranks (which call together); float64."""

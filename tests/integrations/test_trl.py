@@ -84,7 +84,7 @@ def test_gradient_is_that_of_the_undivided_window(tmp_path):
 
     run._clip_grad_norm = spy
     run.train()
-    assert run.last_surrogate.metrics()["gate/active"] > 0.5
+    assert run.last_window.statistics.compute()["gate/active"] > 0.5
     for ours, whole in zip(seen["ours"], seen["whole"], strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-7)
 
@@ -127,7 +127,7 @@ def test_equals_the_host_own_loss(tmp_path, recipe, host):
     theirs.train()
     mine = [h["grad_norm"] for h in ours.state.log_history if "grad_norm" in h]
     host_norms = [h["grad_norm"] for h in theirs.state.log_history if "grad_norm" in h]
-    assert ours.last_surrogate.metrics()["gate/active"] > 0.05
+    assert ours.last_window.statistics.compute()["gate/active"] > 0.05
     assert mine == pytest.approx(host_norms, rel=1e-6)
 
 
@@ -168,7 +168,7 @@ def test_one_update_per_rollout_is_announced_loudly(tmp_path, caplog):
     assert "steps_per_generation = 1" in message
     assert "num_iterations" in message
     run.train()
-    metrics = run.last_surrogate.metrics()
+    metrics = run.last_window.statistics.compute()
     assert metrics["gate/active"] == 0
     assert metrics["gate/gradient_kept"] == pytest.approx(1.0)
 
@@ -196,9 +196,9 @@ def test_domains_reach_the_gates(tmp_path):
     """The domain column becomes a stratum whose contexts carry their names."""
     run = trainer(tmp_path, objective=TIGHT, max_steps=2)
     run.train()
-    strata = run.last_surrogate.gated.strata
+    strata = run.last_window.surrogates[0].gated.strata
     assert [strata.context_names[0](i) for i in range(2)] == ["left", "right"]
-    assert "gate/domain/pass_frac/domain=left" in run.last_surrogate.metrics()
+    assert "gate/domain/pass_frac/domain=left" in run.last_window.statistics.compute()
     assert any("reward/domain=right" in h for h in run.state.log_history)
 
 

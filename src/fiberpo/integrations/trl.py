@@ -2,15 +2,10 @@
 
 TRL does rollouts, rewards, optimisation, checkpoints and logging. This subclass carries group and
 domain ids along and replaces the loss by the exact form over the whole *optimizer window* (all
-micro-batches of all ranks between two optimizer steps), in two phases:
-
-1. log-probs of this rank's window without graph; sums per context, two small all-reduces; one
-   coefficient ``c_j = dJ/d log_probs_j`` a token;
-2. per micro-batch, backward of ``-(c * log_probs).sum()``.
-
-The gradient is that of the objective on the undivided window, however it is cut. Phase 1 needs no
-extra forward when the window is one micro-batch, and none in the first window after a rollout,
-where every log ratio is 0.
+micro-batches of all ranks between two optimizer steps; see
+`fiberpo.exact`). The gradient is that of the objective on the undivided window, however it is cut.
+The extra forward that this takes is left out in the first window after a rollout, and wherever no
+context of the objective reaches beyond one micro-batch (trajectory gates, whole groups).
 
 Tested with TRL 1.16.
 """
@@ -37,7 +32,8 @@ from .. import recipes
 from ..batch import RatioBatch
 from ..collective import LOCAL, Collective, TorchGroup
 from ..errors import ConfigError, DataError
-from ..objective import Objective, Surrogate
+from ..exact import Stepper, Window
+from ..objective import Objective
 from ..statistics import Statistics
 from . import trl_rows as rows
 from .columns import DOMAIN_ALIASES, find_column
@@ -60,7 +56,7 @@ class FiberPOTrainer(GRPOTrainer):
     Attributes:
         objective: the objective in use.
         run_statistics: `Statistics` of all windows so far.
-        last_surrogate: the `Surrogate` of the last training window of this rank.
+        last_window: the last training window (`exact.Window`) of this rank.
 
     Raises:
         ConfigError: for settings that cannot work or that have no effect here.
@@ -87,17 +83,20 @@ class FiberPOTrainer(GRPOTrainer):
             objective = recipes.from_name(args.objective, **parameters)
         self.objective = objective
         self.run_statistics: Statistics | None = None
-        self.last_surrogate: Surrogate | None = None
+        self.last_window: Window | None = None
         self._domains: list[str] = []
-        self._coefficients: list[Tensor] = []
-        self._phase_one: list[Tensor] = []
-        self._window_loss = 0.0
         self._place = 0
         self._buffered_inputs: Any = None
         self._last_update_of_rollout = 0
         super().__init__(model, reward_funcs, args=args, **kwargs)
         check_model(self.model, args)
         self._group: Collective = TorchGroup() if self.accelerator.num_processes > 1 else LOCAL
+        self._stepper = Stepper(
+            self.objective,
+            collective=self._group,
+            mode=args.split_mode,
+            check_every=args.split_check_every,
+        )
         self._announce()
 
     @property
@@ -189,98 +188,81 @@ class FiberPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         log_probs, entropies, aux_loss = self._log_probs(model, inputs, with_extras=True)
         mask = rows.loss_mask(inputs)
-        training = self.model.training
-        if not training:
-            loss = self._evaluate_window([inputs], [log_probs.detach()], LOCAL).loss
+        if not self.model.training:
+            batch = self._batch(inputs).with_log_probs(log_probs.detach())
             self._log_entropy("eval", entropies, mask)
-            return loss.detach().to(log_probs.dtype)
+            return self.objective(batch).loss.detach().to(log_probs.dtype)
         place, size = self._place, self.current_gradient_accumulation_steps
         self._place = (place + 1) % size
         if place == 0:
-            self._open_window(model, size, log_probs)
-        if self._phase_one:
-            gap = ((log_probs.detach() - self._phase_one[place]).abs() * mask).max()
-            self._log("gate/phase_difference", float(gap))
-        coefficients = self._coefficients[place].to(log_probs.dtype)
-        # masked positions may hold anything: leave them out before multiplying
-        objective = -(coefficients * torch.where(mask, log_probs, 0.0)).sum()
-        # every rank's gradient is averaged afterwards, while the coefficients are those of the sum
-        loss = objective * self.accelerator.num_processes
+            self.last_window = self._open_window(model, size)
+        window = self.last_window
+        assert window is not None
+        anchored = log_probs
+        if "old_per_token_logps" not in inputs and window.parts[place].rollout_log_probs is None:
+            anchored = log_probs - log_probs.detach()  # the anchor is the current policy: ratio 1
+        loss = window.loss(place, anchored)
+        if self.beta != 0.0:
+            penalty = self._reference_kl(inputs, log_probs, mask, window.weights[place])
+            loss = loss + self.beta * penalty * self.accelerator.num_processes
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / size
         self._log_entropy("train", entropies, mask)
-        return loss - loss.detach() + self._window_loss / size
+        if place == size - 1:
+            window.close()
+            self._log_window(window)
+        return loss
 
-    def _open_window(self, model: Any, size: int, first_log_probs: Tensor) -> None:
+    def _open_window(self, model: Any, size: int) -> Window:
         start = self._step % self.args.steps_per_generation
-        window = self._buffered_inputs[start : start + size]
+        inputs = self._buffered_inputs[start : start + size]
         fresh = self.state.global_step == self._last_update_of_rollout
-        self._phase_one = []
-        if size == 1:
-            log_probs = [first_log_probs.detach()]
-        elif fresh or "old_per_token_logps" not in window[0]:
-            # nothing has been updated since the rollout: log ratio 0, whatever the log-probs are
-            log_probs = [rows.old_log_probs(x, torch.zeros_like(first_log_probs)) for x in window]
-        else:
+        fresh = fresh or "old_per_token_logps" not in inputs[0]
+        window = self._stepper.open([self._batch(x, model) for x in inputs], fresh=fresh)
+        if window.needs_forward:
             with torch.no_grad():
-                log_probs = [self._log_probs(model, x)[0] for x in window]
-            self._phase_one = log_probs
-        surrogate = self._evaluate_window(window, log_probs, self._group)
-        padded = surrogate.batch.to_padded(surrogate.coefficients)
-        self._add_reference_kl(window, log_probs, surrogate, padded)
-        self._coefficients = list(padded.split([len(x["advantages"]) for x in window]))
-        self._window_loss = float(self._group.total(surrogate.loss.detach().double()))
-        self._log_window(surrogate)
+                window.fill([self._log_probs(model, x)[0] for x in inputs])
+        return window
 
-    def _evaluate_window(
-        self, window: Sequence[dict[str, Any]], log_probs: Sequence[Tensor], group: Collective
-    ) -> Surrogate:
-        current = torch.cat(list(log_probs)).float()
-        old = torch.cat([rows.old_log_probs(x, p) for x, p in zip(window, log_probs, strict=True)])
-        domains = torch.cat([x["domain_id"] for x in window]).tolist()
-        rollout = None
-        if "sampling_per_token_logps" in window[0]:
-            rollout = torch.cat([x["sampling_per_token_logps"] for x in window])
+    def _batch(self, inputs: dict[str, Any], model: Any = None) -> RatioBatch:
+        """The loss tokens of a micro-batch at the anchor of the ratio."""
+        mask, old = rows.loss_mask(inputs), inputs.get("old_per_token_logps")
+        rollout = inputs.get("sampling_per_token_logps")
+        if old is None and rollout is not None and model is not None:
+            with torch.no_grad():  # a mask compares the rollout with the log-probs themselves
+                old = self._log_probs(model, inputs)[0]
+        old = torch.zeros(mask.shape, device=mask.device) if old is None else old.float()
+        if rollout is not None:
             rollout = torch.where(torch.isnan(rollout), old, rollout)  # not scored by the engine
-        batch = RatioBatch.from_padded(
-            current,
-            old.float(),
-            torch.cat([rows.advantages(x) for x in window]),
-            torch.cat([rows.loss_mask(x) for x in window]),
+        return RatioBatch.from_padded(
+            old,
+            old,
+            rows.advantages(inputs),
+            mask,
             labels={
-                "domain": [self._domains[i] for i in domains],
-                "group": torch.cat([x["group_id"] for x in window]),
+                "domain": [self._domains[i] for i in inputs["domain_id"].tolist()],
+                "group": inputs["group_id"],
             },
             rollout_log_probs=rollout,
             allow_empty=True,
         )
-        return self.objective(batch, collective=group)
 
-    def _add_reference_kl(
-        self,
-        window: Sequence[dict[str, Any]],
-        log_probs: Sequence[Tensor],
-        surrogate: Surrogate,
-        padded: Tensor,
-    ) -> None:
-        """Add the coefficients of ``-beta sum_i mu_i k_i`` to the objective's, in place.
+    def _reference_kl(
+        self, inputs: dict[str, Any], log_probs: Tensor, mask: Tensor, mu: Tensor
+    ) -> Tensor:
+        """``sum_i mu_i k_i`` with ``k = exp(g) - g - 1``, ``g = ref - log_probs``.
 
-        ``k = exp(g) - g - 1`` with ``g = ref - log_probs``, times the policy ratio where TRL's
-        ``use_bias_correction_kl`` is on (its default).
+        Times the policy ratio where TRL's ``use_bias_correction_kl`` is on (its default).
         """
-        if self.beta == 0.0:
-            return
-        batch = surrogate.batch
-        reference = torch.cat([x["ref_per_token_logps"] for x in window])[batch.mask]
-        gap = (reference - torch.cat(list(log_probs))[batch.mask]).double()
-        slope = 1 - gap.exp()
-        if self.args.use_bias_correction_kl:
-            slope = -gap * batch.log_ratio.double().exp()
-        mu = self.objective.weights(batch, collective=self._group)
-        padded += batch.to_padded(-self.beta * mu * slope)
-        sums = torch.stack([(torch.expm1(gap) - gap).sum(), torch.ones_like(gap).sum()])
+        gap = (inputs["ref_per_token_logps"] - log_probs)[mask].double()
+        penalty = torch.expm1(gap) - gap
+        sums = torch.stack([penalty.detach().sum(), torch.ones_like(gap).sum()])
         total, count = self._group.total(sums).tolist()
         self._log("kl", total / max(count, 1.0))
+        if self.args.use_bias_correction_kl:
+            log_ratio = (log_probs - rows.old_log_probs(inputs, log_probs))[mask]
+            penalty = penalty * log_ratio.double().exp()
+        return (mu * penalty).sum()
 
     def _log_probs(
         self, model: Any, inputs: dict[str, Any], with_extras: bool = False
@@ -314,22 +296,22 @@ class FiberPOTrainer(GRPOTrainer):
         if count:
             self._log("entropy", total / count, mode)
 
-    def _log_window(self, surrogate: Surrogate) -> None:
-        self.last_surrogate = surrogate
-        parts = gather_object([surrogate.statistics.state()])
+    def _log_window(self, window: Window) -> None:
+        parts = gather_object([window.statistics.state()])
         merged = functools.reduce(Statistics.merge, map(Statistics.from_state, parts))
         before = self.run_statistics
         self.run_statistics = merged if before is None else before.merge(merged)
         for name, value in merged.compute().items():
             self._log(name, value)
-
+        if window.needs_forward:
+            gap = self._group.largest(window.phase_difference)
+            self._log("gate/phase_difference", float(gap))
+        error = window.split_error()
+        if error is not None:
+            self._log("gate/split_error", float(error))
         # the host's own panel: tokens whose own gradient is removed or turned round
-        advantages = surrogate.batch.advantages
-        stopped = surrogate.weight * surrogate.coefficients <= 0
-        low, high = (stopped & (advantages < 0)).sum(), (stopped & (advantages > 0)).sum()
-        counts = [low, high, stopped.new_tensor(len(stopped), dtype=torch.long)]
-        counts.append(counts[2].new_tensor(surrogate.batch.dropped))
-        low, high, tokens, dropped = self._group.total(torch.stack(counts)).tolist()
+        counts = sum(map(rows.stopped, window.surrogates), torch.zeros(4, dtype=torch.long))
+        low, high, tokens, dropped = self._group.total(counts.to(window.device)).tolist()
         self._log("clip_ratio/low_mean", low / max(tokens, 1))
         self._log("clip_ratio/high_mean", high / max(tokens, 1))
         self._log("clip_ratio/region_mean", (low + high) / max(tokens, 1))

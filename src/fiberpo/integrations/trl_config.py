@@ -36,6 +36,9 @@ class FiberPOConfig(GRPOConfig):
         keep_groups_together: shuffle whole prompt groups into the windows of a rollout. False
             shuffles single answers, as TRL does: a group is then spread over several windows, and
             group gates see only a part of it at a time.
+        split_mode: ``"exact"``; or ``"local"`` or ``"stale"`` (see `fiberpo.exact.Stepper`), which
+            save the extra forward and are wrong by what ``gate/split_error`` says.
+        split_check_every: with those, measure the error in every so many windows; 0 never does.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -51,6 +54,12 @@ class FiberPOConfig(GRPOConfig):
     )
     keep_groups_together: bool = field(
         default=True, metadata={"help": "Shuffle whole prompt groups into optimizer windows."}
+    )
+    split_mode: str = field(
+        default="exact", metadata={"help": "exact, or the cheaper and wrong local or stale."}
+    )
+    split_check_every: int = field(
+        default=20, metadata={"help": "Windows between two measurements of their error."}
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objective import Surrogate
+
 
 def old_log_probs(inputs: Mapping[str, Any], current: Tensor) -> Tensor:
     """The anchor of the ratio; TRL leaves it out where it is the current policy."""
@@ -28,6 +30,15 @@ def advantages(inputs: Mapping[str, Any]) -> Tensor:
     if correction is not None:
         wide = wide * correction
     return wide.expand(inputs["completion_ids"].shape)
+
+
+def stopped(surrogate: Surrogate) -> Tensor:
+    """``[4]`` counts: tokens whose own gradient is removed or turned round, with A < 0 and A > 0;
+    tokens; rows without a loss token."""
+    batch = surrogate.batch
+    gone = surrogate.weight * surrogate.coefficients <= 0
+    low, high = (gone & (batch.advantages < 0)).sum(), (gone & (batch.advantages > 0)).sum()
+    return torch.stack([low, high, low * 0 + len(batch), low * 0 + batch.dropped]).cpu()
 
 
 def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
