@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -78,6 +78,10 @@ class GateMap:
                 "is the argument `token` (`epsilon` in the recipes)"
             )
         object.__setattr__(self, "gates", MappingProxyType(dict(self.gates)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = (self.token, self.measure, self.pessimistic)
+        return GateMap, (self.chart, dict(self.gates), *rest)
 
     def lay_out(self, batch: RatioBatch, collective: Collective = LOCAL, **more: bool) -> Layout:
         """What this map needs to know of a batch besides its log-probs (see `layout.lay_out`)."""

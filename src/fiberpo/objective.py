@@ -82,10 +82,10 @@ class Objective:
             batch, denominators, collective: as in `__call__`.
             mu: weights that are already known (of a part of a larger batch).
         """
-        batch = batch.joined(collective)
-        layout = self.gate_map.lay_out(batch, collective, warn=mu is None)
         if denominators is not None:
             self._check_parts(batch)
+        batch = batch.joined(collective)
+        layout = self.gate_map.lay_out(batch, collective, warn=mu is None)
         if mu is None:
             mu = self.weights(batch, denominators, collective)
         return Plan(layout, mu, collective, batch)
@@ -144,6 +144,8 @@ class Objective:
         if isinstance(token, BudgetClip) and token.states in batch.labels:
             names.append(token.states)
         cut = [n for n in names if any(batch.strata([n]).shared)]
+        if "trajectory" in batch.labels and (self.mask is not None or self.weights.by_trajectory):
+            cut.append("trajectory")
         if cut:
             raise ObjectiveError(
                 f"denominators say that this batch is a part, but contexts of {cut} may reach into "

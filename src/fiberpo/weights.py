@@ -73,6 +73,11 @@ class Weights:
     length: float | None = None
     stratum: str | None = None
 
+    @property
+    def by_trajectory(self) -> bool:
+        """Whether the weight of a token depends on the length of its trajectory."""
+        return self.kind == "trajectory_mean"
+
     @classmethod
     def token_mean(cls) -> Weights:
         """Every token weighs the same: ``1 / N``."""

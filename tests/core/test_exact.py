@@ -225,6 +225,17 @@ def test_a_group_that_straddles_ranks_is_not_contained():
     assert routes == [Route.CONTAINED] * 2
 
 
+def test_a_group_cut_on_one_rank_only_is_contained_on_none():
+    """Rank 0 has a group in two micro-batches, rank 1 has whole groups."""
+    objective = recipes.fiberpo_domain({"group": (0.08, 0.05), "trajectory": (0.12, 0.05)})
+    batches = [
+        packed([0.1, 0.3], [1.0] * 2, [1, 1], labels={"group": list(g)}) for g in ("aa", "bc")
+    ]
+    parts = [[b.select(torch.tensor([0])), b.select(torch.tensor([1]))] for b in batches]
+    routes = simulate_ranks(lambda p, r: Stepper(objective, collective=r).open(p).route, parts)
+    assert routes == [Route.TWO_PHASE] * 2
+
+
 def test_one_micro_batch_a_rank_needs_no_second_forward():
     """Its own forward is phase 1."""
     batches, _ = cut(random_case(1).batch(), [0, 1] * 6)
@@ -322,6 +333,7 @@ def test_stale_mode_takes_the_sums_of_the_window_before(ranks):
             torch.testing.assert_close(got, whole.coefficients[index], rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore::fiberpo.FiberPOWarning")
 def test_stale_mode_knows_nothing_of_new_contexts_and_forgets_at_a_rollout():
     """Contexts not seen before take local sums; ``fresh`` clears the memory."""
     batch = random_case(1).batch()
@@ -330,6 +342,9 @@ def test_stale_mode_knows_nothing_of_new_contexts_and_forgets_at_a_rollout():
         warnings.simplefilter("ignore", fiberpo.FiberPOWarning)
         local = reference_local(DOMAIN, batch, parts, tokens)
     stepper = Stepper(DOMAIN, mode="stale")
+    others = random_case(1)
+    others.labels.update({k: [10 + i for i in others.labels[k]] for k in ("domain", "group")})
+    step(stepper, cut(others.batch(), TORN)[0])
     for fresh in (False, True):
         _, found = step(stepper, parts, fresh=fresh)
         for got, want in zip(found, local):

@@ -1,5 +1,6 @@
 """Batches spread over ranks: two reductions of context sums give exactly the whole gradient."""
 
+import pickle
 import warnings
 
 import numpy as np
@@ -223,3 +224,23 @@ def test_autograd_over_ranks_is_refused():
 
     with pytest.raises(fiberpo.ObjectiveError, match="closed form"):
         run_ranks(call, batches)
+
+
+def test_a_part_with_pieces_of_trajectories_is_refused():
+    """T_tau of a piece would be silently wrong in weights by trajectory and in masks."""
+    counts = fiberpo.Denominators(4, 1)
+    piece = packed([0.1], [1.0], [1], labels={"trajectory": ["a"]})
+    with pytest.raises(fiberpo.ObjectiveError, match=r"\['trajectory'\]"):
+        recipes.grpo()(piece, denominators=counts)
+    assert recipes.ppo()(piece, denominators=counts).coefficients.tolist() == pytest.approx(
+        [0.25 * np.exp(0.1)]
+    )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_travel_between_processes(name):
+    """Pickle and back."""
+    again = pickle.loads(pickle.dumps(OBJECTIVES[name]))
+    batch = random_case(1).batch()
+    assert torch.equal(again(batch).coefficients, OBJECTIVES[name](batch).coefficients)
+    assert str(again) == str(OBJECTIVES[name])

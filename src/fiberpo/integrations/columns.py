@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fiberpo.errors import DataError
 
-__all__ = ["DOMAIN_ALIASES", "GROUP_ALIASES", "TRAJECTORY_ALIASES", "find_column"]
+__all__ = [
+    "DOMAIN_ALIASES",
+    "GROUP_ALIASES",
+    "STRATUM_ALIASES",
+    "TRAJECTORY_ALIASES",
+    "find_column",
+]
 
 DOMAIN_ALIASES: tuple[str, ...] = (
     "domain",
@@ -24,6 +30,13 @@ GROUP_ALIASES: tuple[str, ...] = ("group_id", "uid", "prompt_id", "group_index")
 
 TRAJECTORY_ALIASES: tuple[str, ...] = ("trajectory_id", "rollout_id")
 """Columns that may name a trajectory."""
+
+STRATUM_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "domain": DOMAIN_ALIASES,
+    "group": GROUP_ALIASES,
+    "trajectory": TRAJECTORY_ALIASES,
+}
+"""The above by the stratum that they are ids of."""
 
 
 def find_column(columns: Iterable[str], aliases: Sequence[str], what: str) -> str | None:
