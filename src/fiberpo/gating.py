@@ -57,6 +57,9 @@ class GateMap:
             (``omega_i = 1 / T_tau``), ``"token"`` weighs tokens equally (``omega_i = 1``).
         pessimistic: ``G_i A_i -> min(G_i A_i, r_i A_i)``. Ours, not the paper's: the rollback of
             the plain form amplifies a drift that the advantage opposes, this form restores it.
+        first: gate on each token's drift before anything is pushed up (GMPO clips there).
+        detached: ``G`` is a weight without gradient, ``J = sum mu A sg(G) log pi`` (CISPO, TOPR):
+            the gradient is that of the policy gradient, weighted. Not a ratio gating map.
     """
 
     chart: Chart = field(default_factory=SignedLog)
@@ -64,6 +67,8 @@ class GateMap:
     token: Gate = field(default_factory=Pass)
     measure: Measure = "trajectory"
     pessimistic: bool = False
+    first: Gate = field(default_factory=Pass)
+    detached: bool = False
 
     def __post_init__(self) -> None:
         if self.measure not in ("trajectory", "token"):
@@ -80,7 +85,7 @@ class GateMap:
         object.__setattr__(self, "gates", MappingProxyType(dict(self.gates)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rest = (self.token, self.measure, self.pessimistic)
+        rest = (self.token, self.measure, self.pessimistic, self.first, self.detached)
         return GateMap, (self.chart, dict(self.gates), *rest)
 
     def lay_out(self, batch: RatioBatch, collective: Collective = LOCAL, **more: bool) -> Layout:
@@ -109,13 +114,14 @@ class GateMap:
         """
         layout = self.lay_out(batch) if layout is None else layout
         log_ratio = batch.log_ratio.double()
-        drift = self.chart.decompose(log_ratio)
         sign = torch.sign(batch.advantages)
-        at = layout.contexts
+        one = torch.ones(1, dtype=torch.float64, device=batch.device)
+        first = self.first(self.chart.decompose(log_ratio), Site("token", one, advantage_sign=sign))
+        drift, at = first.value, layout.contexts
         if at is None:
             gated_token = self._gate_tokens(drift, sign, layout)
             log_gated = self.chart.recover(gated_token.value)
-            return GatedRatio(self, batch, layout, log_ratio, drift, log_gated, gated_token)
+            return GatedRatio(self, batch, layout, log_ratio, first, drift, log_gated, gated_token)
         strata = at.strata
         sums = strata.push_up(strata.leaf_segments.rows(at.omega * drift))
         mean = at.match.merge(sums) / at.mass
@@ -126,7 +132,7 @@ class GateMap:
         base = strata.at_tokens(strata.sum_path(gated.value))
         log_gated = self.chart.recover(base + gated_token.value)
         return GatedRatio(
-            self, batch, layout, log_ratio, token_drift, log_gated, gated_token,
+            self, batch, layout, log_ratio, first, token_drift, log_gated, gated_token,
             mean=mean, residual=residual, gated=gated,
         )  # fmt: skip
 
@@ -167,6 +173,7 @@ class GatedRatio:
 
     Attributes:
         log_gated_ratio: ``[N]`` float64, ``log G(r)_i``.
+        first: the drifts before anything is pushed up.
         token_drift: ``[channels, N]`` residual drift of each token (its input to the token gate).
         token: the gated tokens.
         layout: contexts, masses and counts.
@@ -178,6 +185,7 @@ class GatedRatio:
     batch: RatioBatch
     layout: Layout
     log_ratio: Float[Tensor, " N"]
+    first: Gated
     token_drift: Float[Tensor, "channels N"]
     log_gated_ratio: Float[Tensor, " N"]
     token: Gated
@@ -203,9 +211,14 @@ class GatedRatio:
         return torch.where(self.uses_ratio(), self.log_ratio, self.log_gated_ratio)
 
     def terms(self, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """``weight_i exp(log_factor_i)``; 0 where the weight is 0, whatever the factor."""
-        factor = torch.where(weight == 0, 0.0, self.log_factor())
-        return weight * factor.exp()
+        """``weight_i exp(log_factor_i)``; 0 where the weight is 0, whatever the factor.
+
+        Where the map is ``detached``, that times ``log pi``.
+        """
+        factor = torch.where(weight == 0, 0.0, self.log_factor()).exp()
+        if self.gate_map.detached:
+            return weight * factor.detach() * self.batch.log_probs.double()
+        return weight * factor
 
     def objective(self, weight: Float[Tensor, " N"]) -> Float[Tensor, ""]:
         """``J``, the sum of the `terms`."""
@@ -219,6 +232,8 @@ class GatedRatio:
             weight: ``mu_i M_i A_i``, float64.
         """
         chart, uses_ratio, absent = self.gate_map.chart, self.uses_ratio(), weight == 0
+        if self.gate_map.detached:
+            return weight * torch.where(absent, 0.0, self.log_factor()).exp()
         # a ratio may overflow where it is masked: left out, never multiplied by 0
         slope = chart.ratio_slope(torch.where(absent, 0.0, self.log_gated_ratio))
         adjoint = torch.where(uses_ratio, 0.0, weight) * slope
@@ -230,7 +245,7 @@ class GatedRatio:
             pulled = pulled + self._pull_contexts(self.layout.contexts, adjoint, at_token)
         taken = torch.where(uses_ratio & ~absent, self.log_ratio, 0.0)
         direct = torch.where(uses_ratio, weight * taken.exp(), 0.0)
-        inward = chart.decompose_slope(self.log_ratio)
+        inward = chart.decompose_slope(self.log_ratio) * self.first.slope
         return direct + torch.where(pulled == 0, 0.0, pulled * inward).sum(0)
 
     def _pull_contexts(self, at: ContextLayout, adjoint: Tensor, at_token: Tensor) -> Tensor:

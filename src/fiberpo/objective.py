@@ -2,6 +2,8 @@
 
     J(theta) = sum_i mu_i M_i G(r)_i A_i,        loss = -J
 
+and, where an objective has them, times factors without gradient (importance weights, token masks).
+
 Reference: *Fibration Policy Optimization*, arXiv 2603.08239, Definition 3.1.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int8
@@ -45,6 +47,15 @@ class _Linear(torch.autograd.Function):
         return outer[0].to(gradient.dtype) * gradient, None, None
 
 
+@runtime_checkable
+class TokenFactor(Protocol):
+    """A factor on the term of every token; its gradient is not taken."""
+
+    def __call__(self, batch: RatioBatch) -> Float[Tensor, " N"]:
+        """``[N]`` float64, >= 0; 0 leaves a token out."""
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
     """A trust-region objective in the ratio gating form.
@@ -53,6 +64,8 @@ class Objective:
         weights: aggregation weights ``mu``.
         gate_map: the ratio gating map ``G``.
         mask: whole trajectories to leave out; multiplies, never renormalises.
+        factors: what else multiplies the terms of single tokens, without gradient: importance
+            weights, token masks.
         name: what to call it in reports.
         parameters: the arguments it was made with, for reports.
         papers: keys of `fiberpo.citations.PAPERS` that it rests on.
@@ -64,6 +77,7 @@ class Objective:
     name: str = "objective"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     papers: tuple[str, ...] = ()
+    factors: tuple[TokenFactor, ...] = ()
 
     def plan(
         self,
@@ -119,6 +133,8 @@ class Objective:
             weight = plan.mu * batch.advantages.double()
             if self.mask is not None:
                 weight = weight * self.mask(batch)[batch.trajectory]
+            for factor in self.factors:
+                weight = weight * factor(batch)
         if gradient == "autograd":
             if plan.collective.size > 1:
                 raise ObjectiveError(
@@ -247,4 +263,4 @@ class Surrogate:
         return self.statistics.compute()
 
 
-__all__ = ["Objective", "Plan", "Regime", "Surrogate"]
+__all__ = ["Objective", "Plan", "Regime", "Surrogate", "TokenFactor"]
