@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e ".[trl,torchrl,tinker,report,tasks,tracking,dev]"
+		-e ".[trl,torchrl,tinker,report,tasks,tracking,lab,dev]"
 	touch $@
 
 train: install

@@ -18,6 +18,7 @@ LAYERS = [
     {"gating", "weights", "masks", "statistics", "measurement"},
     {"objective", "memory", "exact", "citations"},
     {"recipes", "testing"},
+    {"theory"},
     {"integrations", "report"},
     {"train"},
     {"cli", "__main__"},

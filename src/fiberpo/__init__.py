@@ -32,7 +32,7 @@ _EXPORTS = {
     "FiberPOError": "errors", "ShapeError": "errors", "NonFiniteError": "errors",
     "EmptyBatchError": "errors", "StrataError": "errors", "BudgetError": "errors",
     "ObjectiveError": "errors", "ConfigError": "errors", "DataError": "errors",
-    "FiberPOWarning": "errors",
+    "TheoryError": "errors", "FiberPOWarning": "errors",
 }  # fmt: skip
 _MODULES = {"recipes", "errors", "integrations"}
 

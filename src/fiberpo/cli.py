@@ -189,6 +189,54 @@ def warmstart(
         print(f"{kind:8} {accuracy}")
 
 
+@app.command(epilog="Example: fiberpo lab --only 'Thm D.10' --json build/lab.json")
+def lab(
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write everything found here.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the page of the docs here.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Claims whose name or source contains this.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the random cases; verdicts do not depend on it.")
+    ] = 0,
+) -> None:
+    """Try every statement of the papers; print claim, place, verdict and worst case.
+
+    Takes about half a minute. Exit code 1 if a verdict differs from the recorded one.
+    """
+    from .theory import lab as laboratory
+    from .theory.page import markdown as page
+    from .theory.page import print_table
+
+    if markdown is not None and only is not None:
+        raise ConfigError(f"--markdown {markdown} is the page of all claims; leave out --only")
+    claims = laboratory.select(only)
+    done: list[laboratory.Result] = []
+
+    def progress(result: laboratory.Result) -> None:
+        done.append(result)
+        verdict, took = result.finding.verdict.value, f"{result.seconds:.1f} s"
+        line = f"{len(done)}/{len(claims)} {result.claim.name}: {verdict} ({took})"
+        print(line, file=sys.stderr, flush=True)
+
+    results = laboratory.run(claims, seed=seed, progress=progress)
+    print_table(results)
+    for path, text in (
+        (json_, laboratory.as_json(results, seed)), (markdown, page(results, seed)),
+    ):  # fmt: skip
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(f"written: {path}")
+    changed = [result for result in results if result.changed]
+    for result in changed:
+        print(f"fiberpo lab: verdict changed: {result.change}", file=sys.stderr)
+    if changed:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point of ``fiberpo``; user mistakes end without a traceback, with exit code 2."""
     try:
@@ -199,7 +247,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         print(
             f"fiberpo: {error.name} is not installed. The command line needs the extras: "
-            "pip install 'fiberpo[trl,report]'",
+            "pip install 'fiberpo[trl,report,lab]'",
             file=sys.stderr,
         )
         sys.exit(2)

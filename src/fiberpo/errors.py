@@ -43,5 +43,9 @@ class DataError(FiberPOError):
     """A file, data set or recording that cannot be used."""
 
 
+class TheoryError(FiberPOError):
+    """A problem of the laboratory that does not meet its own definition."""
+
+
 class FiberPOWarning(UserWarning):
     """Something legal that is rarely meant."""
