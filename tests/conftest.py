@@ -26,7 +26,8 @@ with warnings.catch_warnings():
             "fiberpo.batch", "fiberpo.budgets", "fiberpo.charts", "fiberpo.gates",
             "fiberpo.gating", "fiberpo.inputs", "fiberpo.labels", "fiberpo.masks",
             "fiberpo.measurement", "fiberpo.objective", "fiberpo.ops", "fiberpo.recipes",
-            "fiberpo.statistics", "fiberpo.strata", "fiberpo.weights",
+            "fiberpo.statistics", "fiberpo.strata", "fiberpo.theory.length_neutral",
+            "fiberpo.weights",
         ],
         "_typecheck.check",
     )  # fmt: skip

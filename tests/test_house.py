@@ -18,6 +18,7 @@ LAYERS = [
     {"gating", "weights", "masks", "statistics", "measurement"},
     {"objective", "citations"},
     {"recipes"},
+    {"theory"},
     {"integrations", "report"},
     {"train"},
     {"cli", "__main__"},

@@ -31,8 +31,8 @@ _EXPORTS = {
     "Local": "collective", "TorchGroup": "collective", "citation": "citations",
     "FiberPOError": "errors", "ShapeError": "errors", "NonFiniteError": "errors",
     "EmptyBatchError": "errors", "StrataError": "errors", "BudgetError": "errors",
-    "ObjectiveError": "errors", "ConfigError": "errors", "DataError": "errors",
-    "FiberPOWarning": "errors",
+    "ObjectiveError": "errors", "BoundError": "errors", "ConfigError": "errors",
+    "DataError": "errors", "FiberPOWarning": "errors",
 }  # fmt: skip
 _MODULES = {"recipes", "errors", "integrations"}
 

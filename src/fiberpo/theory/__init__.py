@@ -1,0 +1,1 @@
+"""The laboratory: every statement of the papers as a function, checked, with its counterexample."""
