@@ -27,7 +27,8 @@ with warnings.catch_warnings():
             "fiberpo.exact", "fiberpo.gating", "fiberpo.inputs", "fiberpo.labels",
             "fiberpo.layout", "fiberpo.masks",
             "fiberpo.measurement", "fiberpo.objective", "fiberpo.ops", "fiberpo.recipes",
-            "fiberpo.statistics", "fiberpo.strata", "fiberpo.weights",
+            "fiberpo.statistics", "fiberpo.strata", "fiberpo.theory.length_neutral",
+            "fiberpo.weights",
         ],
         "_typecheck.check",
     )  # fmt: skip

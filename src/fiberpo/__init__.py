@@ -32,9 +32,9 @@ _EXPORTS = {
     "FiberPOError": "errors", "ShapeError": "errors", "NonFiniteError": "errors",
     "EmptyBatchError": "errors", "StrataError": "errors", "BudgetError": "errors",
     "ObjectiveError": "errors", "ConfigError": "errors", "DataError": "errors",
-    "TheoryError": "errors", "FiberPOWarning": "errors",
+    "TheoryError": "errors", "BoundError": "errors", "FiberPOWarning": "errors",
 }  # fmt: skip
-_MODULES = {"recipes", "errors", "integrations"}
+_MODULES = {"recipes", "errors", "integrations", "exact", "testing", "theory"}
 
 __all__ = ["__version__", "recipes", *_EXPORTS]
 

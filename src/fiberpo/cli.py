@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -235,6 +236,51 @@ def lab(
         print(f"fiberpo lab: verdict changed: {result.change}", file=sys.stderr)
     if changed:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Example: fiberpo bounds --length 4096 --kl-max 1e-4 --kl-seq 0.01 --tv-max 5e-3 "
+    "--tv-seq 0.05"
+)
+def bounds(
+    length: Annotated[int, typer.Option(help="Tokens of the longest sequence.")],
+    kl_max: Annotated[float | None, typer.Option(help="Largest KL of a token, nats.")] = None,
+    kl_seq: Annotated[float | None, typer.Option(help="KL of whole sequences, nats.")] = None,
+    tv_max: Annotated[float | None, typer.Option(help="Largest TV of a token, 0 to 1.")] = None,
+    tv_seq: Annotated[float | None, typer.Option(help="TV of whole sequences, 0 to 1.")] = None,
+    mean_tv: Annotated[
+        float | None, typer.Option(help="Mean TV of a token, taken as that of every position.")
+    ] = None,
+    reward_range: Annotated[
+        tuple[float, float], typer.Option(help="Lowest and highest reward.")
+    ] = (0.0, 1.0),
+    factor: Annotated[int, typer.Option(help="4 as in the paper, or 2, also proved.")] = 4,
+    product: Annotated[
+        bool, typer.Option("--product", help="1 - (1-eps)^s in place of min(1, s eps).")
+    ] = False,
+    tight: Annotated[
+        bool, typer.Option("--tight", help="--factor 2 and --product together.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
+) -> None:
+    """Bound how far the surrogate can be from the true improvement (arXiv 2512.23075).
+
+    Needs --kl-max or --tv-max; prints every bound that the inputs allow, and the tightest.
+    """
+    from .theory.bound_inputs import check_length
+    from .theory.bounds import bounds as compute
+
+    found = compute(
+        length, kl_max=kl_max, kl_seq=kl_seq, tv_max=tv_max, tv_seq=tv_seq,
+        mean_tv=None if mean_tv is None else [mean_tv] * check_length(length),
+        reward_range=reward_range, factor=factor, product=product, tight=tight,
+    )  # fmt: skip
+    if json_:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    from .report.bounds import print_bounds
+
+    print_bounds(found)
 
 
 def main() -> None:

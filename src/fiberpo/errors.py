@@ -35,6 +35,10 @@ class ObjectiveError(FiberPOError):
     """A weights, gate-map or mask combination that has no meaning."""
 
 
+class BoundError(FiberPOError):
+    """A divergence, length or reward for which a bound has no meaning."""
+
+
 class ConfigError(FiberPOError):
     """A setting of the command-line program or of a trainer that cannot work."""
 
