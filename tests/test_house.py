@@ -12,12 +12,13 @@ import fiberpo
 ROOT = Path(fiberpo.__file__).parent
 
 LAYERS = [
-    {"errors", "collective"},
+    {"errors", "collective", "palette"},
     {"ops"},
     {"labels", "inputs", "budgets", "charts", "strata", "gates", "batch"},
     {"gating", "weights", "masks", "statistics", "measurement"},
     {"objective", "citations"},
     {"recipes"},
+    {"theory"},
     {"integrations", "report"},
     {"train"},
     {"cli", "__main__"},

@@ -1,0 +1,1 @@
+"""The laboratory: the theory behind the objectives, as numbers and pictures."""
