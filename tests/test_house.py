@@ -12,7 +12,7 @@ import fiberpo
 ROOT = Path(fiberpo.__file__).parent
 
 LAYERS = [
-    {"errors", "collective"},
+    {"errors", "collective", "palette"},
     {"ops"},
     {"labels", "inputs", "budgets", "charts", "strata", "gates", "batch", "layout"},
     {"gating", "weights", "masks", "statistics", "measurement"},

@@ -283,6 +283,25 @@ def bounds(
     print_bounds(found)
 
 
+@app.command(epilog="Example: fiberpo figures --objective grpo --objective 'gspo(epsilon=0.02)'")
+def figures(
+    out: Annotated[Path, typer.Option(help="Directory for the files.")] = Path("figures"),
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(help="To compare: a recipe, or one with parameters. Repeatable."),
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="Of png, svg, pdf.")] = "png,svg",
+) -> None:
+    """Draw Figures 1 to 4 of the FiberPO paper, and objectives side by side (ten seconds)."""
+    from .theory.comparison import parse_objective
+    from .theory.figures import write_figures
+
+    chosen = [parse_objective(text) for text in objective] if objective else None
+    formats = [part.strip() for part in format_.split(",")]
+    for path in write_figures(out, chosen, formats):
+        print(path)
+
+
 def main() -> None:
     """Entry point of ``fiberpo``; user mistakes end without a traceback, with exit code 2."""
     try:

@@ -92,7 +92,7 @@ def test_every_block_is_seen():
         assert sum(f.startswith("python") for f in fences) == len(list(blocks(page))), page
 
 
-SLOW_EXAMPLES = {"trl_script.py"}
+SLOW_EXAMPLES = {"trl_script.py", "record_batch.py"}
 
 
 @pytest.mark.parametrize(

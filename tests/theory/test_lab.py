@@ -13,10 +13,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import fiberpo
-from fiberpo import recipes
+from fiberpo import gating, recipes
 from fiberpo.cli import app
 from fiberpo.errors import ConfigError
-from fiberpo.gating import GateMap
 from fiberpo.theory import (
     apc,
     batches,
@@ -145,11 +144,12 @@ FAULTS = [
         "rollback restores", Verdict.HOLDS,
     ),
     (
-        GateMap, "_measure", lambda self, batch: batch.log_ratio.new_ones(len(batch)).double(),
+        gating, "lay_out", lambda *a, **k: LAY_OUT(*a, **{**k, "measure": "token"}),
         "Eqs. 30-32", Verdict.FAILS,
     ),
 ]  # fmt: skip
 ORIGINAL = recipes.fiberpo
+LAY_OUT = gating.lay_out
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fiberpo import palette
 from fiberpo.report import style
 from fiberpo.report.series import Array, Reduction, RunSeries, smooth
 from fiberpo.report.style import Label
@@ -27,8 +28,8 @@ from fiberpo.report.tables import MINUS
 Draw = Callable[[Axes, RunSeries], str | None]
 
 # Largest departures at the bottom, where their height can be read off the axis.
-REGIMES = (("zeroed", style.ZEROED), ("rollback", style.ROLLBACK), ("pass", style.PASS))
-CHANNELS = (("positive", "drift_pos", style.BLUE), ("negative", "drift_neg", style.VERMILLION))
+REGIMES = (("zeroed", palette.ZEROED), ("rollback", palette.ROLLBACK), ("pass", palette.PASS))
+CHANNELS = (("positive", "drift_pos", palette.BLUE), ("negative", "drift_neg", palette.VERMILLION))
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def draw_reward(ax: Axes, run: RunSeries) -> str | None:
     curves = [(f"/domain={name}", style.plain_label(name, 16)) for name in run.domains]
     for index, (suffix, name) in enumerate([*curves, ("", "mean")]):
         overall = suffix == ""
-        color = style.INK if overall else style.CYCLE[index % len(style.CYCLE)]
-        dash = "-" if overall else style.DASHES[index // len(style.CYCLE) % len(style.DASHES)]
+        color = palette.INK if overall else palette.CYCLE[index % len(palette.CYCLE)]
+        dash = "-" if overall else palette.DASHES[index // len(palette.CYCLE) % len(palette.DASHES)]
         steps, batch = run.per_rollout(f"reward{suffix}")
         at, heldout = run.heldout(f"heldout/reward{suffix}")
         if len(steps):
@@ -120,7 +121,7 @@ def draw_drift(ax: Axes, run: RunSeries, stratum: str, context: str | None = Non
     for index, (_, _, color) in enumerate(CHANNELS):
         sign, budgets = f"+{MINUS}"[index], run.budgets(stratum, index, context)
         for budget in budgets:
-            ax.axhline(budget, color=color, linestyle=style.BUDGET_DASH, linewidth=1.0, alpha=0.9)
+            ax.axhline(budget, color=color, linestyle=palette.BUDGET_DASH, linewidth=1.0, alpha=0.9)
         if budgets:
             text = f"budget {sign} {style.short(budgets[0])}"
             if len(budgets) > 1:
@@ -165,7 +166,7 @@ def draw_curves(
         room = 0.06 * (high - low) or 1.0
         ax.set_ylim(low - room if low < 0 else 0.0, high + room)
         if low < 0:
-            ax.axhline(0.0, color=style.MUTED, linewidth=0.8, zorder=1)
+            ax.axhline(0.0, color=palette.MUTED, linewidth=0.8, zorder=1)
         style.number_axis(ax)
         ax.set_ylabel(unit)
     style.step_axis(ax, run)
@@ -177,13 +178,13 @@ def draw_curves(
 def draw_gate(ax: Axes, run: RunSeries) -> str | None:
     """Shares of the gradient that the gates keep and reverse, and amplify where they do."""
     curves = [
-        ("gate/gradient_kept", "kept", style.BLUE),
-        ("gate/active", "gate active", style.INK),
-        ("gate/gradient_reversed", "reversed", style.VERMILLION),
+        ("gate/gradient_kept", "kept", palette.BLUE),
+        ("gate/active", "gate active", palette.INK),
+        ("gate/gradient_reversed", "reversed", palette.VERMILLION),
     ]
     _, amplified = run.per_rollout("gate/gradient_amplified", "max")
     if (amplified > 0.005).any():
-        curves.append(("gate/gradient_amplified", "amplified", style.ORANGE))
+        curves.append(("gate/gradient_amplified", "amplified", palette.ORANGE))
     return draw_curves(ax, run, curves, "%")
 
 
@@ -194,7 +195,7 @@ def draw_ratio(ax: Axes, run: RunSeries) -> str | None:
     drawn: dict[str, tuple[Array, Array]] = {}
     kinds: tuple[Reduction, ...] = ("max", "mean", "min")
     for how in kinds:
-        color, width = (style.INK, 1.6) if how == "mean" else (style.BLUE, 0.8)
+        color, width = (palette.INK, 1.6) if how == "mean" else (palette.BLUE, 0.8)
         steps, values = run.per_rollout(f"ratio/{how}", how, positive=True)
         if len(steps):
             drawn[how] = steps, values
@@ -205,9 +206,9 @@ def draw_ratio(ax: Axes, run: RunSeries) -> str | None:
         return None
     low, high = drawn.get("min"), drawn.get("max")
     if low and high and np.array_equal(low[0], high[0]):
-        ax.fill_between(low[0], low[1], high[1], color=style.BLUE, alpha=0.13, linewidth=0)
+        ax.fill_between(low[0], low[1], high[1], color=palette.BLUE, alpha=0.13, linewidth=0)
     style.log_axis(ax)
-    ax.axhline(1.0, color=style.MUTED, linewidth=0.8, zorder=1)
+    ax.axhline(1.0, color=palette.MUTED, linewidth=0.8, zorder=1)
     style.step_axis(ax, run)
     ax.set_ylabel("ratio")
     style.end_labels(ax, ends)
@@ -218,14 +219,14 @@ def _curves(unit: str, *curves: tuple[str, str, str]) -> Draw:
     return partial(draw_curves, curves=curves, unit=unit)
 
 
-_K1, _K3 = ("kl/k1", "k1", style.PURPLE), ("kl/k3", "k3", style.BLUE)
-_LENGTH = ("completions/mean_length", "length", style.PURPLE)
+_K1, _K3 = ("kl/k1", "k1", palette.PURPLE), ("kl/k3", "k3", palette.BLUE)
+_LENGTH = ("completions/mean_length", "length", palette.PURPLE)
 
 GATE: tuple[str, Draw] = ("Gradient under the gates", draw_gate)
 RATIO: tuple[str, Draw] = ("Policy ratio per token", draw_ratio)
 KL = ("KL estimates", _curves("nats per token", _K1, _K3))
-SIZE = ("Effective sample size", _curves("%", ("ratio/ess", "effective sample size", style.BLUE)))
-ENTROPY = ("Entropy", _curves("nats per token", ("entropy", "entropy", style.GREEN)))
+SIZE = ("Effective sample size", _curves("%", ("ratio/ess", "effective sample size", palette.BLUE)))
+ENTROPY = ("Entropy", _curves("nats per token", ("entropy", "entropy", palette.GREEN)))
 LENGTH = ("Mean answer length", _curves("tokens", _LENGTH))
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from fiberpo import palette
 from fiberpo.report import style
 from fiberpo.report.figures import (
     ENTROPY,
@@ -31,7 +32,7 @@ def overview_png(run: RunSeries, title: str, subtitle: str = "") -> bytes:
         figure = Figure(figsize=(14, 7.6), dpi=130, facecolor="white", layout=layout)
         title, subtitle = style.plain_label(title, 120), style.plain_label(subtitle, 200)
         figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold")
-        figure.supxlabel(subtitle, x=0.012, ha="left", fontsize=9, color=style.MUTED)
+        figure.supxlabel(subtitle, x=0.012, ha="left", fontsize=9, color=palette.MUTED)
         grid = figure.add_gridspec(2, 3)
         reward = ("Reward: held-out (markers), batch (light)", draw_reward)
         _panels(figure, grid[0, 0], run, reward)
@@ -65,7 +66,7 @@ def _rows(figure: Figure, cell: SubplotSpec, count: int) -> list[Axes]:
 def _empty(ax: Axes, text: str) -> None:
     ax.clear()
     ax.set_axis_off()
-    ax.text(0.5, 0.5, text, ha="center", va="center", color=style.MUTED, transform=ax.transAxes)
+    ax.text(0.5, 0.5, text, ha="center", va="center", color=palette.MUTED, transform=ax.transAxes)
 
 
 def _regimes(figure: Figure, cell: SubplotSpec, run: RunSeries) -> None:
@@ -103,15 +104,15 @@ def _draw_drift(ax: Axes, run: RunSeries) -> str | None:
     for index, stratum in enumerate(run.stratum_names):
         steps, drift = run.relative_drift(stratum)
         if len(steps):
-            color = style.CYCLE[index % len(style.CYCLE)]
+            color = palette.CYCLE[index % len(palette.CYCLE)]
             last = style.smooth_line(ax, steps, drift, color)
             ends.append((last, style.plain_label(stratum, 14), color))
             peaks.append(float(drift.max()))
     if not ends:
         return None
     if run.any_budget:
-        ax.axhline(1.0, color=style.INK, linewidth=1.0, linestyle=style.BUDGET_DASH)
-        ends.append((1.0, "budget", style.INK))
+        ax.axhline(1.0, color=palette.INK, linewidth=1.0, linestyle=palette.BUDGET_DASH)
+        ends.append((1.0, "budget", palette.INK))
         peaks.append(1.0)
     low, _ = ax.get_ylim()
     ax.set_ylim(max(low, max(peaks) * 1e-3), max(peaks) * 1.3)

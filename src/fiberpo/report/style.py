@@ -1,4 +1,4 @@
-"""Palette, matplotlib settings, axes and labels of the report's figures."""
+"""Axes and labels of the report's figures, and their colours on a page."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from fiberpo.palette import (
+    BLUE,
+    GREEN,
+    GREY,
+    GRID,
+    INK,
+    MUTED,
+    ORANGE,
+    PASS,
+    PURPLE,
+    RC,
+    ROLLBACK,
+    SKY,
+    VERMILLION,
+    ZEROED,
+)
 from fiberpo.report.series import Array, RunSeries, smooth
 from fiberpo.report.tables import MINUS
-
-# Okabe-Ito, without its yellow (too faint on white) and with a grey in its place.
-BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
-PURPLE, ORANGE, SKY, GREY = "#cc79a7", "#e69f00", "#56b4e9", "#7d8590"
-INK, MUTED, GRID = "#1f2731", "#5d6874", "#e1e6eb"
-# Ordered by lightness, so that the three regimes stay apart in greyscale as well.
-PASS, ROLLBACK, ZEROED = "#dfe7ee", "#e8a200", "#0b4f7d"
-
-CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
-BUDGET_DASH = (0, (4, 2.5))
 
 CSS_COLORS: dict[str, tuple[str, str, str]] = {
     "ink": (INK, INK, "#e4e9ee"),
@@ -44,42 +49,6 @@ CSS_COLORS: dict[str, tuple[str, str, str]] = {
 }
 """CSS variable -> colour as drawn, on a light page, on a dark page."""
 
-_RC: Any = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8.5,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.linewidth": 0.7,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.labelsize": 8.5,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.width": 0.7,
-    "ytick.major.size": 0,
-    "xtick.major.size": 3,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.constrained_layout.use": True,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fiberpo",
-}
-
 Label = tuple[float, str, str]
 """Height in data coordinates, text and colour of a label at the right edge."""
 
@@ -87,7 +56,7 @@ Label = tuple[float, str, str]
 @contextmanager
 def report_style() -> Iterator[None]:
     """The settings of the report's figures, for the time of a ``with`` block."""
-    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+    with matplotlib.rc_context(RC), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
         yield
 

@@ -22,6 +22,7 @@ from . import (
     claims_gating,
     claims_jacobian,
     claims_operators,
+    claims_trm,
     claims_trpo,
 )
 from .claims import Claim, Finding, Verdict
@@ -36,6 +37,7 @@ SECTIONS: tuple[tuple[str, tuple[Claim, ...]], ...] = (
     ("Gradient of FiberPO", claims_jacobian.CLAIMS),
     ("Fiber bundle gating and hierarchies", claims_operators.CLAIMS),
     ("FiberPO-Domain and trees", claims_domain.CLAIMS),
+    ("Trust Region Masking", claims_trm.CLAIMS),
 )
 """Title and claims of every part of the table."""
 

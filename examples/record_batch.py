@@ -1,0 +1,70 @@
+"""Figure 1 from your own run: four updates on one rollout, then the fibration of the last batch.
+
+The package's sample batch (`fiberpo.theory.fibration.sample_batch`) was recorded by this script.
+"""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from datasets import Dataset
+from transformers import PrinterCallback
+
+from fiberpo import recipes
+from fiberpo.integrations.trl import FiberPOConfig, FiberPOTrainer
+from fiberpo.theory.drawing import save
+from fiberpo.theory.fibration import BUDGETS, draw_fibration
+from fiberpo.train.embedded import load_embedded
+from fiberpo.train.tasks import exact_answer, make_rows
+
+GROUPS, ANSWERS = 2, 4  # of each domain; to each prompt
+FOLDER = Path("runs/record_batch")
+
+model, tokenizer = load_embedded()
+rows = [row for task in ("sum", "boolean") for row in make_rows(task, seed=1, count=GROUPS)]
+trainer = FiberPOTrainer(
+    model=model,
+    reward_funcs=exact_answer,
+    args=FiberPOConfig(
+        output_dir=str(FOLDER),
+        steps_per_generation=1,
+        num_iterations=4,  # four updates on the one rollout: in the first every log ratio is 0
+        max_steps=4,
+        gradient_accumulation_steps=1,
+        per_device_train_batch_size=2 * GROUPS * ANSWERS,
+        num_generations=ANSWERS,
+        max_completion_length=21,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        seed=0,
+    ),
+    objective=recipes.fiberpo_domain(BUDGETS, epsilon=0.2),
+    train_dataset=Dataset.from_list(rows),
+    processing_class=tokenizer,
+)
+trainer.remove_callback(PrinterCallback)
+trainer.train()
+
+batch = trainer.last_surrogate.batch
+record = {
+    name: [round(x, 5) for x in getattr(batch, name).tolist()]
+    for name in ("log_probs", "old_log_probs", "advantages")
+}
+record["lengths"] = batch.lengths.tolist()
+for name in ("domain", "group"):
+    label = batch.labels[name]
+    record[name] = [label.value(code) for code in label.codes.tolist()]
+FOLDER.mkdir(parents=True, exist_ok=True)
+(FOLDER / "batch.json").write_text(json.dumps(record) + "\n")
+figure = draw_fibration(batch, trainer.objective)
+print(f"{batch.trajectories} answers, {len(batch)} tokens")
+print(FOLDER / "batch.json", *save(figure, FOLDER, "figure1", ("png", "svg")))
