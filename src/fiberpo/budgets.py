@@ -52,7 +52,7 @@ def _pair(name: str, value: object) -> Pair:
         warnings.warn(
             f"{name} is ({positive:g}, {negative:g}): the negative channel has more room than the "
             "positive one. C- < C+ is recommended, since the mean of -log r estimates a KL "
-            "divergence and so is not negative.",
+            "divergence (exactly so for trajectories of one length), so S- exceeds S+ on average.",
             FiberPOWarning,
             stacklevel=2,
         )

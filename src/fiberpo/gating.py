@@ -56,7 +56,8 @@ class GateMap:
         measure: ``"trajectory"`` weighs trajectories equally above the trajectory
             (``omega_i = 1 / T_tau``), ``"token"`` weighs tokens equally (``omega_i = 1``).
         pessimistic: ``G_i A_i -> min(G_i A_i, r_i A_i)``. Ours, not the paper's: the rollback of
-            the plain form amplifies a drift that the advantage opposes, this form restores it.
+            the plain form amplifies a drift that the advantage opposes; this form restores it where
+            a trajectory moves as one (a single token in the rollback zone may still be driven on).
         first: gate on each token's drift before anything is pushed up (GMPO clips there).
         detached: ``G`` is a weight without gradient, ``J = sum mu A sg(G) log pi`` (CISPO, TOPR):
             the gradient is that of the policy gradient, weighted. Not a ratio gating map.

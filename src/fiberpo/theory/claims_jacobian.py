@@ -211,11 +211,19 @@ def rollback(rng: np.random.Generator) -> Finding:
 
 
 def pessimistic(rng: np.random.Generator) -> Finding:
-    """The same cells under ``min(G A, r A)``, which is this library's option."""
+    """The same cells under ``min(G A, r A)``, which is this library's option; one token alone."""
     error = 0.0 if all(restored for _, _, restored, _ in _cells(pessimistic=True)) else 1.0
-    return judge(
-        4, error, 0.5, note="all four cells; min(G A, r A) is this library's, not the paper's"
-    )
+    alone = recipes.fiberpo(PLAIN.budget, PLAIN.epsilon, pessimistic=True)
+    batch = single(np.array([-0.205, 0.0, 0.0, 0.0]), 1.0).batch()
+    slope = float(alone(batch).coefficients[0]) * len(batch)
+    broken = None
+    if slope < 0:
+        broken = (
+            "where one token moves alone: l = (-0.205, 0, 0, 0) with A = 1 pushes that token "
+            f"further down, with {slope:.2f} in place of {math.exp(-0.205):.2f}"
+        )
+    note = "where a trajectory moves as one, in all four cells; min(G A, r A) is this library's"
+    return judge(5, error, 0.5, broken=broken, note=note)
 
 
 def no_way_back(rng: np.random.Generator) -> Finding:
@@ -277,7 +285,7 @@ CLAIMS = (
     Claim(
         "pessimistic form restores", "not in the papers",
         "With min(G A, r A) the gradient in the rollback zone pulls the drift back.",
-        pessimistic, Verdict.HOLDS,
+        pessimistic, Verdict.CONDITIONAL,
     ),
     Claim(
         "no gradient beyond", "FiberPO, regime G-III with L-III",
