@@ -2,6 +2,7 @@
 # make train-llm  the same on SmolLM2-135M-Instruct (about 8 minutes)
 # make test       install and run all tests, fast ones first
 # make check      format, lint, types, tests (what CI runs)
+# make test-verl  the verl adapter in verl's own engine, in an environment of its own (.venv-verl)
 # make bench      benchmarks
 
 PYTHON ?= python3
@@ -10,7 +11,9 @@ BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install train train-llm test test-fast test-slow lint types check bench clean
+VERL_VENV ?= .venv-verl
+
+.PHONY: install train train-llm test test-fast test-slow test-verl lint types check bench clean
 
 install: $(INSTALLED)
 
@@ -42,6 +45,18 @@ test-fast: install
 test-slow: $(VENV)/.smollm2
 	$(RUN) -m pytest -m slow -n 2
 
+# verl wants a transformers of its own. torch first and alone, as above
+$(VERL_VENV)/.installed: pyproject.toml constraints-verl.txt
+	test -x $(VERL_VENV)/bin/python || $(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-verl.txt torch
+	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-verl.txt -e ".[verl]" pytest hypothesis beartype
+	touch $@
+
+test-verl: $(VERL_VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VERL_VENV)/bin/python -m pytest tests/verl
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -55,4 +70,4 @@ bench: install
 	$(RUN) benchmarks/objectives.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL_VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
