@@ -53,6 +53,7 @@ check: lint types test
 
 bench: install
 	$(RUN) benchmarks/objectives.py
+	$(RUN) benchmarks/scale.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
