@@ -68,6 +68,7 @@ check: lint types test
 
 bench: install
 	$(RUN) benchmarks/objectives.py
+	$(RUN) benchmarks/scale.py
 
 clean:
 	rm -rf $(VENV) $(VERL_VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

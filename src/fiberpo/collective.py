@@ -220,7 +220,7 @@ class TorchGroup(Ranks):
         width = torch.tensor([rows.shape[1]], device=rows.device)
         widths = [torch.zeros_like(width) for _ in range(self.size)]
         torch.distributed.all_gather(widths, width, group=self.group)
-        counts = [int(w) for w in widths]
+        counts = torch.cat(widths).tolist()  # one copy to the host, not one a rank
         padded = rows.new_zeros(rows.shape[0], max(counts))
         padded[:, : rows.shape[1]] = rows
         gathered = [torch.empty_like(padded) for _ in counts]

@@ -36,11 +36,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .batch import RatioBatch
-from .collective import LOCAL, Collective
+from .collective import LOCAL, Collective, Match
 from .errors import ObjectiveError
 from .memory import Memory
 from .objective import Objective, Plan, Surrogate
 from .statistics import Statistics
+from .strata import Strata
 
 
 class Route(enum.Enum):
@@ -183,7 +184,11 @@ class Window:
         return self.route in (Route.LOCAL, Route.STALE)
 
     def _route(self, fresh: bool) -> Route:
-        if self._contained():
+        shared = self._shared()
+        if not shared:  # the same on every rank
+            return Route.CONTAINED
+        contained, single = self._everywhere(self._inside(shared), len(self.parts) == 1)
+        if contained:
             return Route.CONTAINED
         if self.stepper.mode != "exact":
             if "trajectory" in self._whole.labels:
@@ -194,29 +199,31 @@ class Window:
             return Route.LOCAL if self.stepper.mode == "local" else Route.STALE
         if fresh:
             return Route.FRESH
-        return Route.SINGLE if self._everywhere(len(self.parts) == 1) else Route.TWO_PHASE
+        return Route.SINGLE if single else Route.TWO_PHASE
 
-    def _contained(self) -> bool:
-        """Whether no context that the objective looks at reaches beyond one part, on any rank."""
+    def _shared(self) -> list[tuple[Strata, Match]]:
+        """The contexts that the objective looks at and that may reach beyond one part."""
         layout, whole = self._plan.layout, self._plan.batch
         pairs = [(x.strata, x.match) for x in (layout.contexts, layout.states) if x is not None]
         if self.stepper.objective.mask is not None and "trajectory" in whole.labels:
             pairs.append((whole.strata(["trajectory"]), whole.pieces))
-        shared = [(strata, match) for strata, match in pairs if any(strata.shared)]
-        if not shared:
-            return True
+        return [(strata, match) for strata, match in pairs if any(strata.shared)]
+
+    def _inside(self, shared: list[tuple[Strata, Match]]) -> bool:
+        """Whether on this rank none of them does."""
         sizes = torch.tensor(self._sizes)
-        part = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(whole.device)
+        part = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(self.device)
         inside = True
         for strata, match in shared:
             low, high = strata.range(part)
             inside = inside and not match.width and not bool((low < high).any())
-        return self._everywhere(inside)
+        return inside
 
-    def _everywhere(self, condition: bool) -> bool:
-        flag = torch.tensor([float(condition)], dtype=torch.float64).to(self._whole.device)
+    def _everywhere(self, *conditions: bool) -> list[bool]:
+        """Whether each holds on all ranks; one reduction."""
+        flags = torch.tensor(conditions, dtype=torch.float64).to(self._whole.device)
         collective = self.stepper.collective
-        return float(collective.total(flag)) == collective.size
+        return (collective.total(flags) == collective.size).tolist()
 
     def fill(self, log_probs: Sequence[Tensor]) -> None:
         """Phase 1: log-probs of all parts under the current policy; their graph is not used.

@@ -92,6 +92,8 @@ class Label:
         Raises:
             StrataError: if some hold integers and others strings.
         """
+        if len(labels) == 1:
+            return labels[0]
         filled = [label for label in labels if label.count] or list(labels[:1])
         first, device = filled[0], filled[0].codes.device
         values: tuple[str, ...] | Tensor

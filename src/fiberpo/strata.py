@@ -119,6 +119,11 @@ class Strata:
 
         Keys are the same on every rank for the same ids; the parent of a root has key 0.
         """
+        return self._shared_contexts
+
+    @cached_property
+    def _shared_contexts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Made once: ids that are strings are hashed one by one."""
         where = [k for k, shared in enumerate(self.shared) if shared]
         device = self.parent.device
         none = torch.empty(0, dtype=torch.long, device=device)

@@ -47,12 +47,42 @@ class PartitionError(AssertionError):
 
 
 class _Meeting:
-    """Where the threads of a simulation hand values to each other."""
+    """Where the threads of a simulation hand values to each other.
 
-    def __init__(self, size: int) -> None:
+    A reduction is done once, by the thread that comes last, so that it costs O(ranks) and not
+    O(ranks^2).
+    """
+
+    def __init__(self, size: int, timeout: float) -> None:
         self.size = size
-        self.slots: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.slots: list[tuple[str, Tensor]] = [("", torch.empty(0))] * size
+        self.answer: Any = None
+        self.barrier = threading.Barrier(size, self._combine, timeout)
+
+    def exchange(self, rank: int, kind: str, values: Tensor) -> Any:
+        """What all ranks' ``values`` come to; the same object on every rank."""
+        self.slots[rank] = (kind, values.clone())
+        self.barrier.wait()
+        # nobody comes to the next reduction before everybody has left this one with its answer
+        return self.answer
+
+    def _combine(self) -> None:
+        parts, kind = [values for _, values in self.slots], self.slots[0][0]
+        calls = [k if k == "gather" else f"{k} of {list(v.shape)}" for k, v in self.slots]
+        if len(set(calls)) > 1:
+            raise ObjectiveError(
+                f"the ranks do not make the same calls: {dict(enumerate(calls))} (by rank). Every "
+                "rank needs the same labels and the same settings, an empty one too."
+            )
+        if kind == "gather":
+            self.answer = parts
+        elif kind == "largest":
+            self.answer = torch.stack(parts).amax(0)
+        else:
+            whole = parts[0].clone()
+            for part in parts[1:]:
+                whole += part
+            self.answer = whole
 
 
 @dataclass(eq=False)
@@ -75,44 +105,49 @@ class SimulatedRanks(Ranks):
         """Number of threads."""
         return self.meeting.size
 
-    def _exchange(self, values: Tensor) -> list[Tensor]:
+    def _exchange(self, kind: str, values: Tensor) -> Any:
         self.calls += 1
         self.sent += values.numel() * values.element_size()
-        self.meeting.slots[self.rank] = values.clone()
-        self.meeting.barrier.wait()
-        everything = list(self.meeting.slots)
-        self.meeting.barrier.wait()
-        return everything
+        return self.meeting.exchange(self.rank, kind, values)
 
     def total(self, values: Tensor) -> Tensor:
         """Sum in rank order."""
-        parts = self._exchange(values)
-        whole = parts[0].clone()
-        for part in parts[1:]:
-            whole += part
-        return whole
+        whole: Tensor = self._exchange("total", values)
+        return whole.clone()
 
     def largest(self, values: Tensor) -> Tensor:
         """Maximum."""
-        return torch.stack(self._exchange(values)).amax(0)
+        whole: Tensor = self._exchange("largest", values)
+        return whole.clone()
 
     def gather(self, rows: Tensor) -> list[Tensor]:
         """Everything, in rank order."""
-        return self._exchange(rows)
+        return list(self._exchange("gather", rows))
 
 
-def simulate_ranks(function: Callable[[T, SimulatedRanks], R], inputs: Sequence[T]) -> list[R]:
+def simulate_ranks(
+    function: Callable[[T, SimulatedRanks], R], inputs: Sequence[T], *, timeout: float = 60.0
+) -> list[R]:
     """``function(inputs[rank], collective)`` on one thread a rank; the results in rank order.
 
     An exception on any rank ends the others and is raised here.
+
+    Args:
+        function: what a rank does.
+        inputs: one a rank.
+        timeout: seconds that a rank waits for the others in one reduction.
+
+    Raises:
+        ObjectiveError: if the ranks do not make the same calls (over a network they would hang).
     """
-    meeting = _Meeting(len(inputs))
+    meeting = _Meeting(len(inputs), timeout)
+    ranks = [SimulatedRanks(meeting, rank) for rank in range(len(inputs))]
     results: dict[int, R] = {}
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
-            results[rank] = function(inputs[rank], SimulatedRanks(meeting, rank))
+            results[rank] = function(inputs[rank], ranks[rank])
         except threading.BrokenBarrierError as error:
             errors.append(error)
         except BaseException as error:
@@ -124,6 +159,12 @@ def simulate_ranks(function: Callable[[T, SimulatedRanks], R], inputs: Sequence[
         thread.start()
     for thread in threads:
         thread.join()
+    if errors and isinstance(errors[0], threading.BrokenBarrierError):
+        raise ObjectiveError(
+            f"a rank waited {timeout:g} s in a reduction that another rank did not come to; calls "
+            f"by rank: {[rank.calls for rank in ranks]}. Every rank makes the same calls in the "
+            "same order, one without tokens too (allow_empty=True)."
+        ) from errors[0]
     if errors:
         raise errors[0]
     return [results[r] for r in range(len(inputs))]

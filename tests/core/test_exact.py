@@ -243,6 +243,40 @@ def test_one_micro_batch_a_rank_needs_no_second_forward():
     assert [(w.route, calls) for w, calls in outs] == [(Route.SINGLE, [0])] * 2
 
 
+def test_ranks_agree_about_the_route():
+    """One rank's torn group, and one rank's second micro-batch, decide for all."""
+    objective = recipes.fiberpo_domain({"group": (0.08, 0.05), "trajectory": (0.12, 0.05)})
+
+    def routes(*ids):
+        """Per rank the group of its two answers, and their micro-batches."""
+        parts = []
+        for rank, groups in enumerate(ids):
+            labels = {"group": [f"{rank}{g}" if g != "z" else g for g in groups.replace("|", "")]}
+            batch = packed([0.1, 0.3], [1.0] * 2, [1, 1], labels=labels)
+            rows = [[0], [1]] if "|" in groups else [[0, 1]]
+            parts.append([batch.select(torch.tensor(r)) for r in rows])
+        return simulate_ranks(
+            lambda p, r: Stepper(objective, collective=r).open(p).route.value, parts
+        )
+
+    assert routes("a|b", "a|b") == ["contained"] * 2
+    assert routes("a|b", "a|a") == ["two-phase"] * 2
+    assert routes("az", "az") == ["single"] * 2
+    assert routes("az", "a|z") == ["two-phase"] * 2
+
+
+@pytest.mark.parametrize(("name", "calls"), [("fiberpo_domain", 4), ("fiberpo", 1), ("ppo", 1)])
+def test_reductions_that_open_a_window(name, calls):
+    """Keys, masses, denominators, route; where nothing can straddle the denominators alone."""
+    batches, _ = cut(random_case(1).batch(), [0, 1] * 6)
+
+    def work(batch, ranks):
+        window = Stepper(OBJECTIVES[name], collective=ranks).open(list(cut(batch, [0, 1] * 3)[0]))
+        return ranks.calls, window.needs_forward
+
+    assert simulate_ranks(work, batches) == [(calls, name == "fiberpo_domain")] * 2
+
+
 def test_first_update_after_a_rollout_needs_no_second_forward():
     """All log ratios are 0: coefficients are mu A, whatever the gates."""
     case = random_case(1)

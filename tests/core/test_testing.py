@@ -176,3 +176,50 @@ def test_an_exception_on_one_rank_ends_all():
     with pytest.raises(ValueError, match="rank 1 fell over"):
         simulate_ranks(work, [0, 1, 2])
     assert simulate_ranks(work, [2, 3, 4]) == [9.0] * 3
+
+
+def test_simulated_ranks_reduce_in_rank_order():
+    """Sums to the last bit in rank order, maxima, gathers of unequal widths; new memory each."""
+    parts = [torch.tensor([0.1, 1.0]), torch.tensor([0.2, -3.0]), torch.tensor([0.3, 2.0])]
+
+    def work(part, ranks):
+        rows = torch.full((2, ranks.rank), ranks.rank)
+        total = ranks.total(part)
+        total += 1.0  # of this rank alone
+        return total - 1.0, ranks.largest(part), ranks.gather(rows), (ranks.calls, ranks.sent)
+
+    for rank, (total, largest, gathered, counted) in enumerate(simulate_ranks(work, parts)):
+        assert torch.equal(total, parts[0] + parts[1] + parts[2] + 1.0 - 1.0)
+        assert largest.tolist() == pytest.approx([0.3, 2.0])
+        assert [tuple(rows.shape) for rows in gathered] == [(2, 0), (2, 1), (2, 2)]
+        assert counted == (3, 8 + 8 + 16 * rank)
+
+
+def test_simulated_ranks_find_calls_that_do_not_match():
+    """Over a network this hangs, or mixes up numbers."""
+
+    def mixed(rank, ranks):
+        return ranks.gather(torch.zeros(2, 1)) if rank else ranks.total(torch.zeros(2))
+
+    with pytest.raises(fiberpo.ObjectiveError, match=r"'total of \[2\]', 1: 'gather'.*same labels"):
+        simulate_ranks(mixed, [0, 1])
+    with pytest.raises(fiberpo.ObjectiveError, match=r"'total of \[1\]', 1: 'total of \[2\]'"):
+        simulate_ranks(lambda n, ranks: ranks.total(torch.zeros(n)), [1, 2])
+
+    def early(rank, ranks):
+        return [ranks.total(torch.zeros(1)) for _ in range(2 - rank)]
+
+    with pytest.raises(fiberpo.ObjectiveError, match=r"waited 0.2 s .* calls by rank: \[2, 1\]"):
+        simulate_ranks(early, [0, 1], timeout=0.2)
+
+
+def test_an_error_on_one_rank_is_raised():
+    """The others do not wait for it."""
+
+    def work(rank, ranks):
+        if rank:
+            raise KeyError("rank 1")
+        return ranks.total(torch.zeros(1))
+
+    with pytest.raises(KeyError, match="rank 1"):
+        simulate_ranks(work, [0, 1])
