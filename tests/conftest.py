@@ -24,11 +24,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     hook = install_import_hook(
         [
-            "fiberpo.batch", "fiberpo.budgets", "fiberpo.charts", "fiberpo.gates",
+            "fiberpo.acceptance", "fiberpo.batch", "fiberpo.budgets", "fiberpo.charts",
+            "fiberpo.corrections", "fiberpo.divergence", "fiberpo.gates",
             "fiberpo.exact", "fiberpo.gating", "fiberpo.inputs", "fiberpo.labels",
             "fiberpo.layout", "fiberpo.masks",
             "fiberpo.measurement", "fiberpo.objective", "fiberpo.ops", "fiberpo.recipes",
-            "fiberpo.statistics", "fiberpo.strata", "fiberpo.theory.length_neutral",
+            "fiberpo.statistics", "fiberpo.strata", "fiberpo.length_neutral",
             "fiberpo.weights",
         ],
         "_typecheck.check",

@@ -14,9 +14,10 @@ ROOT = Path(fiberpo.__file__).parent
 LAYERS = [
     {"errors", "collective", "palette"},
     {"ops"},
-    {"labels", "inputs", "budgets", "charts", "strata", "gates", "batch", "layout"},
-    {"gating", "weights", "masks", "statistics", "measurement"},
-    {"objective", "memory", "exact", "citations"},
+    {"labels", "inputs", "budgets", "charts", "strata", "gates", "divergence", "batch", "layout"},
+    {"bound_inputs", "length_neutral"},
+    {"gating", "weights", "masks", "statistics", "measurement", "acceptance"},
+    {"objective", "memory", "exact", "citations", "corrections"},
     {"recipes", "testing"},
     {"theory"},
     {"integrations", "report"},

@@ -27,6 +27,9 @@ _EXPORTS = {
     "Deviation": "charts", "Log": "charts", "SignedLog": "charts",
     "GateMap": "gating", "open_gates": "gating", "Weights": "weights", "Denominators": "weights",
     "MaxDivergence": "masks", "MeanDivergence": "masks", "SequenceMask": "masks",
+    "LengthNeutral": "masks", "Renormalised": "masks",
+    "Certainty": "divergence", "TokenDivergence": "divergence", "full_divergence": "divergence",
+    "top_k_divergence": "divergence",
     "Statistics": "statistics", "Objective": "objective", "Surrogate": "objective",
     "Local": "collective", "TorchGroup": "collective", "citation": "citations",
     "FiberPOError": "errors", "ShapeError": "errors", "NonFiniteError": "errors",
@@ -34,11 +37,12 @@ _EXPORTS = {
     "ObjectiveError": "errors", "ConfigError": "errors", "DataError": "errors",
     "TheoryError": "errors", "BoundError": "errors", "FiberPOWarning": "errors",
 }  # fmt: skip
-_MODULES = {"recipes", "errors", "integrations", "exact", "testing", "theory"}
+_MODULES = {"corrections", "recipes", "errors", "integrations", "exact", "testing", "theory"}
 
 __all__ = ["__version__", "recipes", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from . import corrections as corrections
     from . import errors as errors
     from . import recipes as recipes
     from .batch import RatioBatch as RatioBatch
@@ -49,6 +53,10 @@ if TYPE_CHECKING:
     from .citations import citation as citation
     from .collective import Local as Local
     from .collective import TorchGroup as TorchGroup
+    from .divergence import Certainty as Certainty
+    from .divergence import TokenDivergence as TokenDivergence
+    from .divergence import full_divergence as full_divergence
+    from .divergence import top_k_divergence as top_k_divergence
     from .errors import *  # noqa: F403
     from .gates import AggregateGate as AggregateGate
     from .gates import BudgetClip as BudgetClip
@@ -60,8 +68,10 @@ if TYPE_CHECKING:
     from .gates import aggregate_gate as aggregate_gate
     from .gating import GateMap as GateMap
     from .gating import open_gates as open_gates
+    from .masks import LengthNeutral as LengthNeutral
     from .masks import MaxDivergence as MaxDivergence
     from .masks import MeanDivergence as MeanDivergence
+    from .masks import Renormalised as Renormalised
     from .masks import SequenceMask as SequenceMask
     from .objective import Objective as Objective
     from .objective import Surrogate as Surrogate

@@ -17,10 +17,11 @@ from torch import Tensor
 from . import inputs
 from . import strata as strata_module
 from .collective import LOCAL, Collective, Match
+from .divergence import TokenDivergence, check_divergence
 from .errors import EmptyBatchError, ShapeError, StrataError
 from .inputs import Input
-from .labels import GLOBAL_TOKEN_LEVEL, Label, order_strata
-from .ops.segments import Segments
+from .labels import GLOBAL_TOKEN_LEVEL, Label, chain, ordered
+from .ops.segments import Segments, tokens_of
 from .strata import Strata
 
 
@@ -39,6 +40,7 @@ class RatioBatch:
             of a trajectory where ``trajectory`` is among the labels.
         labels: encoded labels, coarse to fine.
         rollout_log_probs: ``[N]`` log-probs of the engine that sampled, or None.
+        token_divergence: ``[N]`` KL of that policy to the current one (`divergence`), or None.
         dropped: rows without a loss token that were left out.
         mask: ``[B, T]`` where the tokens came from, or None.
         pieces, whole_lengths: which of the trajectories other ranks hold pieces of, and the token
@@ -60,6 +62,7 @@ class RatioBatch:
     lengths: Int[Tensor, " rows"]
     labels: Mapping[str, Label] = field(default_factory=dict)
     rollout_log_probs: Float[Tensor, " N"] | None = None
+    token_divergence: TokenDivergence | None = None
     dropped: int = 0
     mask: Tensor | None = None
     pieces: Match = field(default=LOCAL, repr=False)
@@ -144,11 +147,14 @@ class RatioBatch:
             return self
         return replace(self, pieces=other.pieces, whole_lengths=other.whole_lengths)
 
-    def with_log_probs(self, log_probs: Tensor) -> RatioBatch:
+    def with_log_probs(
+        self, log_probs: Tensor, token_divergence: TokenDivergence | None = None
+    ) -> RatioBatch:
         """The same tokens under another current policy; nothing is encoded again.
 
         Args:
             log_probs: ``[N]``, or ``[B, T]`` where the batch came from `from_padded`.
+            token_divergence: ``[N]``, of this policy; that of the policy before is not kept.
 
         Raises:
             ShapeError, NonFiniteError: as `from_packed`.
@@ -162,23 +168,22 @@ class RatioBatch:
             log_probs = log_probs[self.mask]
         inputs.check_like("log_probs", log_probs, self.old_log_probs)
         inputs.check_finite({"log_probs": log_probs}, self.lengths)
-        return replace(self, log_probs=inputs.widen("log_probs", log_probs))
+        found = check_divergence(token_divergence, log_probs, self.lengths)
+        log_probs = inputs.widen("log_probs", log_probs)
+        return replace(self, log_probs=log_probs, token_divergence=found)
 
     def select(self, rows: Int[Tensor, " k"]) -> RatioBatch:
         """The tokens of some rows, in the order given (a packed batch: `to_padded` is gone)."""
-        starts = self.lengths.cumsum(0) - self.lengths
-        lengths = self.lengths[rows]
-        ends = lengths.cumsum(0)
-        tokens = torch.arange(int(lengths.sum()), device=self.device)
-        tokens = tokens + torch.repeat_interleave(starts[rows] - ends + lengths, lengths)
-        rollout = self.rollout_log_probs
+        tokens = tokens_of(self.lengths, rows)
+        rollout, divergence = self.rollout_log_probs, self.token_divergence
         return RatioBatch(
             log_probs=self.log_probs[tokens],
             old_log_probs=self.old_log_probs[tokens],
             advantages=self.advantages[tokens],
-            lengths=lengths,
+            lengths=self.lengths[rows],
             labels={n: v.select(tokens if v.per_token else rows) for n, v in self.labels.items()},
             rollout_log_probs=None if rollout is None else rollout[tokens],
+            token_divergence=None if divergence is None else divergence.select(tokens),
         )
 
     @classmethod
@@ -191,17 +196,15 @@ class RatioBatch:
         """
         if not parts:
             raise EmptyBatchError("no parts to concatenate; pass at least one RatioBatch")
-        names = [set(part.labels) for part in parts]
-        if any(n != names[0] for n in names) or len({_has_rollout(p) for p in parts}) > 1:
-            raise StrataError(
-                f"the parts do not carry the same columns: labels {[sorted(n) for n in names]}, "
-                f"rollout_log_probs {[_has_rollout(p) for p in parts]}"
-            )
+        columns = [part._columns() for part in parts]
+        if any(c != columns[0] for c in columns):
+            raise StrataError(f"the parts do not carry the same columns: {columns}")
         first = parts[0]
         labels = {
             name: Label.concatenate([part.labels[name] for part in parts]) for name in first.labels
         }
         rollout = [p.rollout_log_probs for p in parts if p.rollout_log_probs is not None]
+        divergence = [p.token_divergence for p in parts if p.token_divergence is not None]
         whole = cls(
             log_probs=torch.cat([p.log_probs for p in parts]),
             old_log_probs=torch.cat([p.old_log_probs for p in parts]),
@@ -209,13 +212,18 @@ class RatioBatch:
             lengths=torch.cat([p.lengths for p in parts]),
             labels=labels,
             rollout_log_probs=torch.cat(rollout) if rollout else None,
+            token_divergence=TokenDivergence.concatenate(divergence) if divergence else None,
             dropped=sum(p.dropped for p in parts),
         )
         whole._check_nesting()
         return whole
 
+    def _columns(self) -> list[str]:
+        more = ("rollout_log_probs", "token_divergence")
+        return [*sorted(self.labels), *(n for n in more if getattr(self, n) is not None)]
+
     def _check_nesting(self) -> None:
-        nested = [n for n in self._chain() if n not in GLOBAL_TOKEN_LEVEL]
+        nested = [n for n in chain(self.labels) if n not in GLOBAL_TOKEN_LEVEL]
         if len(nested) > 1:
             self.strata(nested)  # refuses labels that do not nest
 
@@ -227,17 +235,11 @@ class RatioBatch:
         """
         if len(set(names)) != len(names):
             raise StrataError(f"the strata {tuple(names)} name a stratum twice; name each one once")
-        position = {name: i for i, name in enumerate(self._chain())}
-        ordered = tuple(sorted(names, key=lambda n: position.get(n, -1)))
-        if ordered not in self._strata:
-            self._strata[ordered] = strata_module.build(ordered, dict(self.labels), self.lengths)
-        return self._strata[ordered]
-
-    def _chain(self) -> tuple[str, ...]:
-        above = [n for n, label in self.labels.items() if not label.per_token]
-        above = [n for n in above if n != "trajectory"]
-        below = [n for n, label in self.labels.items() if label.per_token]
-        return order_strata([*above, "trajectory", *below])
+        position = {name: i for i, name in enumerate(chain(self.labels))}
+        wanted = tuple(sorted(names, key=lambda n: position.get(n, -1)))
+        if wanted not in self._strata:
+            self._strata[wanted] = strata_module.build(wanted, dict(self.labels), self.lengths)
+        return self._strata[wanted]
 
     @classmethod
     def from_packed(
@@ -249,6 +251,7 @@ class RatioBatch:
         *,
         labels: Input = None,
         rollout_log_probs: Input = None,
+        token_divergence: Input = None,
         token_labels: Collection[str] = (),
         allow_empty: bool = False,
     ) -> RatioBatch:
@@ -266,6 +269,7 @@ class RatioBatch:
                 A row is one trajectory; rows with the same ``trajectory`` id are pieces of one,
                 here or on another rank (context parallelism, rollouts of several rows).
             rollout_log_probs: ``[N]`` log-probs of the engine that sampled, nats.
+            token_divergence: ``[N]`` from `divergence.full_divergence` or `top_k_divergence`.
             token_labels: names of your own labels below the trajectory. Needed only where a batch
                 may have as many tokens as trajectories (a rank that holds none, answers of one
                 token), since otherwise the length tells.
@@ -284,8 +288,9 @@ class RatioBatch:
             for name, ids in inputs.as_labels(labels).items()
         }
         return cls._checked(
-            log_probs, old_log_probs, advantages, lengths, encoded, rollout_log_probs, allow_empty
-        )
+            log_probs, old_log_probs, advantages, lengths, encoded, rollout_log_probs,
+            check_divergence(token_divergence, log_probs, lengths), allow_empty,
+        )  # fmt: skip
 
     @classmethod
     def from_padded(
@@ -297,6 +302,7 @@ class RatioBatch:
         *,
         labels: Input = None,
         rollout_log_probs: Input = None,
+        token_divergence: Input = None,
         allow_empty: bool = False,
     ) -> RatioBatch:
         """A batch from rows of equal width; one row is one trajectory.
@@ -304,6 +310,7 @@ class RatioBatch:
         Args:
             log_probs, old_log_probs, rollout_log_probs: ``[B, T]``, nats. Masked positions may hold
                 anything, NaN and infinities included: they are removed.
+            token_divergence: ``[B, T]``, likewise.
             advantages: ``[B]`` or ``[B, T]``.
             mask: ``[B, T]``, true (or 1) on loss tokens. Rows without one are dropped and counted.
             labels: as in `from_packed`, with ``[B]`` ids above the trajectory and ``[B, T]`` ids
@@ -326,6 +333,7 @@ class RatioBatch:
                 for name, ids in inputs.as_labels(labels).items()
             },
             None if rollout_log_probs is None else rollout_log_probs.to(device)[mask],
+            check_divergence(token_divergence, log_probs, mask.sum(1), mask),
             allow_empty,
         )
         return replace(batch, mask=mask)
@@ -339,6 +347,7 @@ class RatioBatch:
         lengths: Tensor,
         labels: Mapping[str, Label],
         rollout_log_probs: Tensor | None,
+        token_divergence: TokenDivergence | None,
         allow_empty: bool,
     ) -> RatioBatch:
         """Drop empty trajectories, widen dtypes, and check what only the whole can show."""
@@ -352,8 +361,9 @@ class RatioBatch:
             old_log_probs=inputs.widen("old_log_probs", old_log_probs.detach()),
             advantages=inputs.as_float(advantages.detach().to(log_probs.device)),
             lengths=lengths[keep],
-            labels=_ordered({n: v if v.per_token else v.select(keep) for n, v in labels.items()}),
+            labels=ordered({n: v if v.per_token else v.select(keep) for n, v in labels.items()}),
             rollout_log_probs=rollout_log_probs,
+            token_divergence=token_divergence,
             dropped=int((~keep).sum()),
         )
         inputs.check_finite(
@@ -387,13 +397,3 @@ class RatioBatch:
         out = values.new_full(self.mask.shape, fill)
         out[self.mask] = values
         return out
-
-
-def _has_rollout(batch: RatioBatch) -> bool:
-    return batch.rollout_log_probs is not None
-
-
-def _ordered(labels: dict[str, Label]) -> dict[str, Label]:
-    above = [n for n, label in labels.items() if not label.per_token]
-    below = [n for n, label in labels.items() if label.per_token]
-    return {name: labels[name] for name in order_strata([*above, *below])}

@@ -16,6 +16,12 @@ PAPERS = {
     "dr_grpo": "Understanding R1-Zero-Like Training: A Critical Perspective, arXiv 2503.20783",
     "dapo": "DAPO: An Open-Source LLM Reinforcement Learning System at Scale, arXiv 2503.14476",
     "gspo": "Group Sequence Policy Optimization, arXiv 2507.18071",
+    "tis": "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training",
+    "mis": "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference "
+    "Mismatch",
+    "icepop": "Every Step Evolves: Scaling Reinforcement Learning for Trillion-Scale Thinking "
+    "Model, arXiv 2510.18855",
+    "opsm": "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models, arXiv 2512.02556",
 }
 
 
@@ -27,6 +33,6 @@ def citation(objective: Objective) -> str:
     Group Sequence Policy Optimization, arXiv 2507.18071
     """
     keys = list(objective.papers)
-    if objective.mask is not None and "trm" not in keys:
-        keys.append("trm")
-    return "\n".join(PAPERS[key] for key in keys)
+    for part in (objective.mask, *objective.factors):
+        keys += getattr(part, "papers", ())
+    return "\n".join(PAPERS[key] for key in dict.fromkeys(keys))

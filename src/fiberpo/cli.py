@@ -123,6 +123,12 @@ def train(
         bool | None,
         typer.Option("--pessimistic/--printed", help="min(G A, r A), or as the paper."),
     ] = None,
+    mask_max: Annotated[
+        float | None, typer.Option(help="Leave out answers with a token of a larger k2, in nats.")
+    ] = None,
+    mask_mean: Annotated[
+        float | None, typer.Option(help="Leave out answers of a larger mean k3, in nats.")
+    ] = None,
     rollouts: Annotated[int | None, typer.Option(help="How often answers are sampled.")] = None,
     updates_per_rollout: Annotated[
         int | None, typer.Option(help="Optimizer steps on each rollout.")
@@ -153,6 +159,7 @@ def train(
         "reward": reward, "objective": objective, "rollouts": rollouts,
         "updates_per_rollout": updates_per_rollout, "learning_rate": learning_rate,
         "seed": seed, "tensorboard": tensorboard, "trackio": trackio,
+        "mask_max": mask_max, "mask_mean": mask_mean,
     }  # fmt: skip
     values = {k: v for k, v in given.items() if v is not None}
     for text in set_ or []:
@@ -267,7 +274,7 @@ def bounds(
 
     Needs --kl-max or --tv-max; prints every bound that the inputs allow, and the tightest.
     """
-    from .theory.bound_inputs import check_length
+    from .bound_inputs import check_length
     from .theory.bounds import bounds as compute
 
     found = compute(

@@ -38,6 +38,7 @@ from torch import Tensor
 from .batch import RatioBatch
 from .collective import LOCAL, Collective, Match
 from .errors import ObjectiveError
+from .masks import Renormalised
 from .memory import Memory
 from .objective import Objective, Plan, Surrogate
 from .statistics import Statistics
@@ -101,7 +102,8 @@ class Stepper:
 
         Args:
             parts: this rank's micro-batches, at least one (possibly empty: ``allow_empty=True``).
-                Their ``log_probs`` are not looked at. Label ids mean the same on every rank.
+                Their ``log_probs`` are not looked at; a ``token_divergence`` is that of the policy
+                before this step. Label ids mean the same on every rank.
             fresh: nothing has been updated since these tokens were sampled and scored.
 
         Raises:
@@ -204,8 +206,10 @@ class Window:
     def _shared(self) -> list[tuple[Strata, Match]]:
         """The contexts that the objective looks at and that may reach beyond one part."""
         layout, whole = self._plan.layout, self._plan.batch
+        if isinstance(self.stepper.objective.mask, Renormalised):
+            return False  # its denominator couples everything
         pairs = [(x.strata, x.match) for x in (layout.contexts, layout.states) if x is not None]
-        if self.stepper.objective.mask is not None and "trajectory" in whole.labels:
+        if self.stepper.objective.by_trajectory and "trajectory" in whole.labels:
             pairs.append((whole.strata(["trajectory"]), whole.pieces))
         return [(strata, match) for strata, match in pairs if any(strata.shared)]
 
@@ -243,7 +247,7 @@ class Window:
         self._evaluate(torch.cat(self._phase_one))
 
     def _evaluate(self, log_probs: Tensor) -> None:
-        whole = self._whole.with_log_probs(log_probs)
+        whole = self._whole.with_log_probs(log_probs, self._whole.token_divergence)
         surrogate = self.stepper.objective(whole, plan=self._plan)
         self._coefficients = list(surrogate.coefficients.split(self._sizes))
         self._whole_values = list(surrogate.values.split(self._sizes))
@@ -269,7 +273,7 @@ class Window:
                 f"part {k} of a window of {len(self.parts)} parts"
                 + (" has had its loss already; open a new window" if k in self._values else "")
             )
-        part = self.parts[k].with_log_probs(log_probs)
+        part = self.parts[k].with_log_probs(log_probs, self.parts[k].token_divergence)
         if self.needs_forward and not self._phase_one:
             raise ObjectiveError(
                 "this window needs the log-probs of all its parts first: window.fill(...) without "
@@ -286,7 +290,7 @@ class Window:
 
     def _part(self, k: int, part: RatioBatch) -> tuple[Tensor, Tensor]:
         """Coefficients and share of the loss of one part."""
-        detached = part.with_log_probs(part.log_probs.detach())
+        detached = part.with_log_probs(part.log_probs.detach(), part.token_divergence)
         if self.route is Route.SINGLE and not self._coefficients:
             self._evaluate(detached.log_probs)
         if self.route in (Route.FRESH, Route.SINGLE, Route.TWO_PHASE):

@@ -9,7 +9,7 @@ rooted tree whose branches differ in depth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -272,3 +272,17 @@ def order_strata(names: Sequence[str]) -> tuple[str, ...]:
     known = sorted((n for n in names if n in CANONICAL_ORDER), key=CANONICAL_ORDER.index)
     taken = iter(known)
     return tuple(next(taken) if n in CANONICAL_ORDER else n for n in names)
+
+
+def ordered(labels: Mapping[str, Label]) -> dict[str, Label]:
+    """The labels coarse to fine, those of rows before those of tokens."""
+    above = [n for n, label in labels.items() if not label.per_token]
+    below = [n for n, label in labels.items() if label.per_token]
+    return {name: labels[name] for name in order_strata([*above, *below])}
+
+
+def chain(labels: Mapping[str, Label]) -> tuple[str, ...]:
+    """All strata that the labels make, coarse to fine, ``trajectory`` among them."""
+    above = [n for n, label in labels.items() if not label.per_token and n != "trajectory"]
+    below = [n for n, label in labels.items() if label.per_token]
+    return order_strata([*above, "trajectory", *below])

@@ -10,21 +10,22 @@ Reference: *Fibration Policy Optimization*, arXiv 2603.08239, Definition 3.1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
+from .acceptance import acceptance
 from .batch import RatioBatch
 from .collective import LOCAL, Collective
 from .errors import ObjectiveError
 from .gates import BudgetClip, Regime
 from .gating import GatedRatio, GateMap
 from .layout import Layout
-from .masks import SequenceMask
+from .masks import Renormalised, SequenceMask, certainty_of
 from .measurement import measure
 from .statistics import Statistics
 from .weights import Denominators, Weights
@@ -130,9 +131,12 @@ class Objective:
             plan = self.plan(batch, denominators=denominators, collective=collective)
         batch = plan.adopt(batch)
         with torch.no_grad():
-            weight = plan.mu * batch.advantages.double()
+            weight, kept = plan.mu * batch.advantages.double(), None
             if self.mask is not None:
-                weight = weight * self.mask(batch)[batch.trajectory]
+                kept = self.mask(batch)
+                weight = weight * kept[batch.trajectory]
+                if isinstance(self.mask, Renormalised):
+                    weight *= self.mask.scale(plan.mu, kept[batch.trajectory], plan.collective)
             for factor in self.factors:
                 weight = weight * factor(batch)
         if gradient == "autograd":
@@ -152,7 +156,12 @@ class Objective:
             loss = _Linear.apply(batch.log_probs, value, -coefficients.to(batch.log_probs.dtype))
         else:
             raise ObjectiveError(f"gradient is {gradient!r}; use 'closed_form' or 'autograd'")
-        return Surrogate(self, batch, loss, coefficients, gated, weight)
+        return Surrogate(self, batch, loss, coefficients, gated, weight, kept)
+
+    @property
+    def by_trajectory(self) -> bool:
+        """Whether something besides the gates looks at whole trajectories."""
+        return self.mask is not None or bool(self.factors)
 
     def _check_parts(self, batch: RatioBatch) -> None:
         names = [n for n in self.gate_map.gates if n in batch.labels]
@@ -160,8 +169,10 @@ class Objective:
         if isinstance(token, BudgetClip) and token.states in batch.labels:
             names.append(token.states)
         cut = [n for n in names if any(batch.strata([n]).shared)]
-        if "trajectory" in batch.labels and (self.mask is not None or self.weights.by_trajectory):
+        if "trajectory" in batch.labels and (self.by_trajectory or self.weights.by_trajectory):
             cut.append("trajectory")
+        if isinstance(self.mask, Renormalised):
+            cut.append("the denominator of Renormalised")
         if cut:
             raise ObjectiveError(
                 f"denominators say that this batch is a part, but contexts of {cut} may reach into "
@@ -216,6 +227,7 @@ class Surrogate:
             ``-(coefficients * log_probs).sum()`` is the exact gradient of the loss.
         gated: the gated batch with all pieces.
         weight: ``[N]`` float64, ``mu_i M_i A_i``.
+        kept: what the mask says of each trajectory, or None.
     """
 
     objective: Objective
@@ -224,6 +236,7 @@ class Surrogate:
     coefficients: Float[Tensor, " N"]
     gated: GatedRatio
     weight: Float[Tensor, " N"]
+    kept: Bool[Tensor, " trajectories"] | None = None
 
     @property
     def log_gated_ratio(self) -> Float[Tensor, " N"]:
@@ -256,7 +269,11 @@ class Surrogate:
     @cached_property
     def statistics(self) -> Statistics:
         """Mergeable statistics of this call, as tensors."""
-        return measure(self.batch, self.gated, self.weight, self.coefficients)
+        found = measure(self.batch, self.gated, self.weight, self.coefficients)
+        if self.kept is None:
+            return found
+        more = acceptance(self.batch, self.kept, certainty_of(self.objective.mask, self.batch))
+        return replace(found, means={**found.means, **more})
 
     def metrics(self) -> dict[str, float]:
         """Flat dictionary of floats (see the table in ``docs/metrics.md``)."""

@@ -307,7 +307,7 @@ def _whole(objective_or_loss: Objective | Loss, batch: RatioBatch) -> _Result:
 
 def _differentiate(loss: Loss, part: RatioBatch, counts: Denominators) -> tuple[float, Tensor]:
     log_probs = part.log_probs.detach().clone().requires_grad_()
-    value = loss(part.with_log_probs(log_probs), counts)
+    value = loss(part.with_log_probs(log_probs, part.token_divergence), counts)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise ObjectiveError(f"the loss returned {value!r}; it must be a scalar tensor")
     (gradient,) = torch.autograd.grad(value, log_probs, allow_unused=True)

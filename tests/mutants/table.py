@@ -80,9 +80,8 @@ MUTANTS = [
     Mutant(
         "mask that renormalises",
         "objective.py",
-        "weight = weight * self.mask(batch)[batch.trajectory]",
-        "kept = self.mask(batch)\n"
-        "                weight = weight * kept[batch.trajectory] / kept.double().mean()",
+        "weight = weight * kept[batch.trajectory]",
+        "weight = weight * kept[batch.trajectory] / kept.double().mean()",
         "test_masks.py::test_masked_loss_by_hand",
     ),
     Mutant(
@@ -216,9 +215,9 @@ MUTANTS = [
     ),
     Mutant(
         "signed k1 instead of k3 in the mean mask",
-        "masks.py",
-        "k3 = torch.expm1(log_rho) - log_rho",
-        "k3 = -log_rho",
+        "divergence.py",
+        "return torch.expm1(log_rho.double()) - log_rho.double()",
+        "return -log_rho.double()",
         "test_masks.py::test_mean_divergence_is_k3",
     ),
     Mutant(
@@ -290,5 +289,69 @@ MUTANTS = [
         "torn = ids[low != high]",
         "torn = ids[:0]",
         "test_ranks.py::test_contexts_that_nest_differently_on_two_ranks_are_refused_on_both",
+    ),
+    Mutant(
+        "exact KL in the wrong direction",
+        "divergence.py",
+        "log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0",
+        "log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0",
+        "test_divergence.py::test_full_divergence_is_the_sum_over_the_vocabulary[None]",
+    ),
+    Mutant(
+        "tail of the top-k left out",
+        "divergence.py",
+        "return inside + torch.where(tail > 0, tail * (tail.log() - log_rest), 0.0)",
+        "return inside",
+        "test_divergence.py::test_top_k_is_a_lower_bound_that_grows_to_the_exact_value",
+    ),
+    Mutant(
+        "truncation applied to current over rollout",
+        "corrections.py",
+        "log_rho = (batch.old_log_probs - batch.rollout_log_probs).double()",
+        "log_rho = (batch.log_probs.detach() - batch.rollout_log_probs).double()",
+        "test_corrections.py::test_truncated_importance_sampling[token]",
+    ),
+    Mutant(
+        "truncation applied to the ratio of the gates",
+        "corrections.py",
+        "log_rho = (batch.old_log_probs - batch.rollout_log_probs).double()",
+        "log_rho = batch.log_ratio.detach().double()",
+        "test_corrections.py::test_truncated_importance_sampling[token]",
+    ),
+    Mutant(
+        "off-policy masking against the old policy",
+        "corrections.py",
+        "drift = -batch.per_trajectory(rollout_log_ratio(batch)) / batch.trajectory_lengths",
+        "drift = -batch.per_trajectory(mismatch(batch)) / batch.trajectory_lengths",
+        "test_corrections.py::test_opsm_compares_rollout_with_the_current_policy",
+    ),
+    Mutant(
+        "weights of the length-neutral form reversed",
+        "length_neutral.py",
+        "remaining = (ends - 1 - torch.arange(len(ends), device=lengths.device)).double()",
+        "remaining = (torch.arange(len(ends), device=lengths.device)\n"
+        "                 - ends + torch.repeat_interleave(lengths, lengths)).double()",
+        "test_masks.py::test_length_neutral_weighs_early_tokens_more",
+    ),
+    Mutant(
+        "renormalised over this rank alone",
+        "masks.py",
+        "whole, rest = collective.total(torch.stack([mu.sum(), (mu * kept).sum()]))",
+        "whole, rest = torch.stack([mu.sum(), (mu * kept).sum()])",
+        "test_masks.py::test_masks_survive_any_cut[renormalised-whole]",
+    ),
+    Mutant(
+        "renormalised over each micro-batch",
+        "exact.py",
+        "if isinstance(self.stepper.objective.mask, Renormalised):",
+        "if False:",
+        "test_masks.py::test_masks_survive_any_cut[renormalised-whole]",
+    ),
+    Mutant(
+        "estimated masks certified",
+        "masks.py",
+        "return Certainty.ESTIMATED if ask is None else ask(batch)",
+        "return Certainty.EXACT",
+        "test_masks.py::test_masks_say_what_they_know",
     ),
 ]

@@ -31,10 +31,12 @@ from trl.trainer.utils import (
 from .. import recipes
 from ..batch import RatioBatch
 from ..collective import LOCAL, Collective, TorchGroup
+from ..corrections import masked
 from ..errors import ConfigError, DataError
 from ..exact import Stepper, Window
 from ..objective import Objective
 from ..statistics import Statistics
+from . import trl_masks as masks
 from . import trl_rows as rows
 from .columns import DOMAIN_ALIASES, find_column
 from .trl_config import FiberPOConfig as FiberPOConfig
@@ -81,13 +83,18 @@ class FiberPOTrainer(GRPOTrainer):
             if args.objective == "dr_grpo":
                 parameters = {"length": args.max_completion_length, **parameters}
             objective = recipes.from_name(args.objective, **parameters)
-        self.objective = objective
+        self.objective = masked(
+            objective, mask_max=args.mask_max, mask_mean=args.mask_mean,
+            correction=args.correction, correction_kwargs=args.correction_kwargs,
+        )  # fmt: skip
+        masks.check_corrections(self.objective, args)
         self.run_statistics: Statistics | None = None
         self.last_window: Window | None = None
         self._domains: list[str] = []
         self._place = 0
         self._buffered_inputs: Any = None
         self._last_update_of_rollout = 0
+        self._raw_rewards = self._window_rewards = torch.zeros(0)
         super().__init__(model, reward_funcs, args=args, **kwargs)
         check_model(self.model, args)
         self._group: Collective = TorchGroup() if self.accelerator.num_processes > 1 else LOCAL
@@ -133,6 +140,7 @@ class FiberPOTrainer(GRPOTrainer):
         per_group = self.num_generations if training else self.num_generations_eval
         first = self.accelerator.process_index * len(inputs)
         indices = torch.arange(first, first + len(inputs), device=device)
+        output["raw_reward"] = self._raw_rewards[first : first + len(inputs)]
         output["group_id"] = torch.div(indices, per_group, rounding_mode="floor")
         names = self._domain_names(inputs)
         for name in sorted(set(gather_object(names)) - set(self._domains)):
@@ -143,6 +151,11 @@ class FiberPOTrainer(GRPOTrainer):
             self._last_update_of_rollout = self.state.global_step
             self._log_rewards_by_domain(names, per_group)
         return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(*args, **kwargs)  # of all processes
+        self._raw_rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        return rewards
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         # sample in the precision that scores: faster in bf16, and the same policy
@@ -189,7 +202,7 @@ class FiberPOTrainer(GRPOTrainer):
         log_probs, entropies, aux_loss = self._log_probs(model, inputs, with_extras=True)
         mask = rows.loss_mask(inputs)
         if not self.model.training:
-            batch = self._batch(inputs).with_log_probs(log_probs.detach())
+            batch = self._batch(inputs, model).with_log_probs(self._anchored(inputs, log_probs))
             self._log_entropy("eval", entropies, mask)
             return self.objective(batch).loss.detach().to(log_probs.dtype)
         place, size = self._place, self.current_gradient_accumulation_steps
@@ -198,10 +211,7 @@ class FiberPOTrainer(GRPOTrainer):
             self.last_window = self._open_window(model, size)
         window = self.last_window
         assert window is not None
-        anchored = log_probs
-        if "old_per_token_logps" not in inputs and window.parts[place].rollout_log_probs is None:
-            anchored = log_probs - log_probs.detach()  # the anchor is the current policy: ratio 1
-        loss = window.loss(place, anchored)
+        loss = window.loss(place, self._anchored(inputs, log_probs))
         if self.beta != 0.0:
             penalty = self._reference_kl(inputs, log_probs, mask, window.weights[place])
             loss = loss + self.beta * penalty * self.accelerator.num_processes
@@ -213,27 +223,33 @@ class FiberPOTrainer(GRPOTrainer):
             self._log_window(window)
         return loss
 
+    @staticmethod
+    def _anchored(inputs: Mapping[str, Any], log_probs: Tensor) -> Tensor:
+        """Beside the anchor of `_batch`: 0 where the anchor is the current policy itself."""
+        if {"old_per_token_logps", "sampling_per_token_logps"} & set(inputs):
+            return log_probs
+        return log_probs - log_probs.detach()
+
     def _open_window(self, model: Any, size: int) -> Window:
         start = self._step % self.args.steps_per_generation
         inputs = self._buffered_inputs[start : start + size]
         fresh = self.state.global_step == self._last_update_of_rollout
         fresh = fresh or "old_per_token_logps" not in inputs[0]
+        if self.args.reward_range is not None:
+            self._window_rewards = masks.rewards_of(inputs)
         window = self._stepper.open([self._batch(x, model) for x in inputs], fresh=fresh)
         if window.needs_forward:
             with torch.no_grad():
                 window.fill([self._log_probs(model, x)[0] for x in inputs])
         return window
 
-    def _batch(self, inputs: dict[str, Any], model: Any = None) -> RatioBatch:
+    def _batch(self, inputs: dict[str, Any], model: Any) -> RatioBatch:
         """The loss tokens of a micro-batch at the anchor of the ratio."""
         mask, old = rows.loss_mask(inputs), inputs.get("old_per_token_logps")
-        rollout = inputs.get("sampling_per_token_logps")
-        if old is None and rollout is not None and model is not None:
+        if old is None and inputs.get("sampling_per_token_logps") is not None:
             with torch.no_grad():  # a mask compares the rollout with the log-probs themselves
                 old = self._log_probs(model, inputs)[0]
         old = torch.zeros(mask.shape, device=mask.device) if old is None else old.float()
-        if rollout is not None:
-            rollout = torch.where(torch.isnan(rollout), old, rollout)  # not scored by the engine
         return RatioBatch.from_padded(
             old,
             old,
@@ -243,7 +259,7 @@ class FiberPOTrainer(GRPOTrainer):
                 "domain": [self._domains[i] for i in inputs["domain_id"].tolist()],
                 "group": inputs["group_id"],
             },
-            rollout_log_probs=rollout,
+            rollout_log_probs=masks.rollout_log_probs(self.objective, inputs, old),
             allow_empty=True,
         )
 
@@ -309,6 +325,12 @@ class FiberPOTrainer(GRPOTrainer):
         error = window.split_error()
         if error is not None:
             self._log("gate/split_error", float(error))
+        if self.args.reward_range is not None:
+            found = masks.bound_metrics(
+                window.surrogates, self._window_rewards, self.args.reward_range
+            )
+            for name, value in found.items():
+                self._log(name, value)
         # the host's own panel: tokens whose own gradient is removed or turned round
         counts = sum(map(rows.stopped, window.surrogates), torch.zeros(4, dtype=torch.long))
         low, high, tokens, dropped = self._group.total(counts.to(window.device)).tolist()

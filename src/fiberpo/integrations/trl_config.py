@@ -16,7 +16,7 @@ REPLACED = {
     "epsilon_high": "objective_kwargs={'epsilon_high': ...}",
     "delta": "objective_kwargs={'dual_clip': ...} of ppo and grpo",
     "importance_sampling_level": "objective='gspo' for sequence ratios",
-    "off_policy_mask_threshold": "an objective with a mask",
+    "off_policy_mask_threshold": "correction='opsm', correction_kwargs={'delta': ...}",
     "top_entropy_quantile": "nothing: not supported",
     "entropy_coef": "nothing: not supported",
     "use_adaptive_entropy": "nothing: not supported",
@@ -39,10 +39,16 @@ class FiberPOConfig(GRPOConfig):
         split_mode: ``"exact"``; or ``"local"`` or ``"stale"`` (see `fiberpo.exact.Stepper`), which
             save the extra forward and are wrong by what ``gate/split_error`` says.
         split_check_every: with those, measure the error in every so many windows; 0 never does.
+        mask_max, mask_mean: thresholds of `MaxDivergence` (k2) and `MeanDivergence` (k3), nats.
+        correction: ``"tis"``, ``"masked_is"``, ``"icepop"``, ``"geometric_mask"`` or ``"opsm"``
+            (`fiberpo.corrections`).
+        correction_kwargs: its parameters.
+        reward_range: lowest and highest possible reward (weighted sum); with it ``bound/*`` is
+            logged.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs",
+        *GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs", "correction_kwargs",
     ]  # fmt: skip
 
     objective: str = field(default="fiberpo_domain", metadata={"help": "Name of a recipe."})
@@ -60,6 +66,21 @@ class FiberPOConfig(GRPOConfig):
     )
     split_check_every: int = field(
         default=20, metadata={"help": "Windows between two measurements of their error."}
+    )
+    mask_max: float | None = field(
+        default=None, metadata={"help": "Largest k2 of a token, in nats, of answers that count."}
+    )
+    mask_mean: float | None = field(
+        default=None, metadata={"help": "Largest mean k3, in nats, of answers that count."}
+    )
+    correction: str | None = field(
+        default=None, metadata={"help": "tis, masked_is, icepop, geometric_mask or opsm."}
+    )
+    correction_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Parameters of the correction."}
+    )
+    reward_range: list[float] | None = field(
+        default=None, metadata={"help": "Lowest and highest reward; logs the bound."}
     )
 
 

@@ -38,3 +38,14 @@ class Segments:
     def rows(self, values: Float[Tensor, "rows items"]) -> Float[Tensor, "rows count"]:
         """`sum` of every row."""
         return torch.stack([self.sum(row) for row in values])
+
+
+def tokens_of(lengths: Int[Tensor, " rows"], rows: Int[Tensor, " k"]) -> Int[Tensor, " tokens"]:
+    """Positions of the tokens of some rows, in the order of ``rows``, where rows lie end to end.
+
+    >>> tokens_of(torch.tensor([2, 1, 3]), torch.tensor([2, 0])).tolist()
+    [3, 4, 5, 0, 1]
+    """
+    starts, taken = lengths.cumsum(0) - lengths, lengths[rows]
+    shift = starts[rows] - taken.cumsum(0) + taken
+    return torch.arange(int(taken.sum()), device=lengths.device) + shift.repeat_interleave(taken)

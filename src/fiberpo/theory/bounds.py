@@ -42,8 +42,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import BoundError
-from .bound_inputs import (
+from ..bound_inputs import (
     NO_MAXIMUM,
     SLACK,
     check_factor,
@@ -54,6 +53,7 @@ from .bound_inputs import (
     check_sequence,
     check_tv,
 )
+from ..errors import BoundError
 
 FORMULAS = {
     "classical": "F/2 T (T-1) eps^2",

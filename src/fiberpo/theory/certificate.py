@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..bound_inputs import check_rewards
 from ..errors import BoundError
-from .bound_inputs import check_rewards
 from .bounds import Bounds, bounds
 
 Array = NDArray[np.float64]

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from ..corrections import masked, needs_engine
 from ..errors import ConfigError
 from ..objective import Objective
 from ..recipes import from_name
@@ -44,6 +45,12 @@ class TrainConfig:
         domain_weights: share of each domain; by default proportional to the square roots of sizes.
         objective: a recipe of `fiberpo.recipes`.
         objective_kwargs: its parameters.
+        mask_max, mask_mean: leave out answers with a token beyond this k2, or a mean k3 beyond
+            this, in nats, between the policy that sampled them and the current one.
+        correction: ``opsm``; the other corrections need a generation engine.
+        correction_kwargs: its parameters.
+        reward_range: lowest and highest possible reward, for the bounds in the log; by default
+            0 and 1 for the procedural tasks, and no bounds for other rewards.
         rollouts: how often answers are sampled.
         prompts: prompts of one rollout.
         generations: answers to each prompt.
@@ -75,6 +82,11 @@ class TrainConfig:
     domain_weights: dict[str, float] | None = None
     objective: str = TRAINING_OBJECTIVE
     objective_kwargs: dict[str, Any] = field(default_factory=dict)
+    mask_max: float | None = None
+    mask_mean: float | None = None
+    correction: str | None = None
+    correction_kwargs: dict[str, Any] = field(default_factory=dict)
+    reward_range: list[float] | None = None
     rollouts: int = 60
     prompts: int = 64
     generations: int = 8
@@ -160,7 +172,18 @@ class TrainConfig:
             parameters = {**TRAINING_PARAMETERS, **parameters}
         if self.objective == "dr_grpo" and self.max_completion_length:
             parameters.setdefault("length", self.max_completion_length)
-        return from_name(self.objective, **parameters)
+        objective = masked(
+            from_name(self.objective, **parameters), mask_max=self.mask_max,
+            mask_mean=self.mask_mean, correction=self.correction,
+            correction_kwargs=self.correction_kwargs,
+        )  # fmt: skip
+        if needs_engine(objective):
+            raise ConfigError(
+                f"correction = {self.correction!r} corrects for a generation engine, but this "
+                "program samples with the model that it trains: every ratio would be 1. Leave it "
+                "out; mask_max, mask_mean and opsm work here."
+            )
+        return objective
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values."""

@@ -207,6 +207,7 @@ def _trainer(
         run_name=config.run_name,
         objective=config.objective,
         domain_column="domain",
+        reward_range=source.reward_range(config),
         per_device_train_batch_size=config.rows_per_forward,
         gradient_accumulation_steps=micro,
         steps_per_generation=micro * config.updates_per_rollout,

@@ -51,6 +51,10 @@ class Source:
         """Names of the domains."""
         return list(self.heldout)
 
+    def reward_range(self, config: TrainConfig) -> list[float] | None:
+        """Lowest and highest reward: as configured, or 0 and 1 where answers are right or wrong."""
+        return config.reward_range or ([0.0, 1.0] if self.reward is exact_answer else None)
+
 
 def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer; a bundled one is brought to the start of its run.

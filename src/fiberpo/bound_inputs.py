@@ -9,7 +9,7 @@ from numbers import Integral, Real
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import BoundError
+from .errors import BoundError
 
 LONGEST = 10_000_000
 """Tokens; the sums hold one float64 a token."""

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiberpo import BoundError
+from fiberpo.length_neutral import future_weights, keep_length_neutral
 from fiberpo.theory.bounds import adaptive
-from fiberpo.theory.length_neutral import future_weights, keep_length_neutral
 
 F64 = torch.float64
 

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..errors import BoundError
-from ..ops.segments import Segments
 from .bound_inputs import NO_MAXIMUM, check_kl, check_number, check_tv
+from .errors import BoundError
+from .ops.segments import Segments
 
 
 def future_weights(
