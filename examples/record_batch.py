@@ -54,7 +54,7 @@ trainer = FiberPOTrainer(
 trainer.remove_callback(PrinterCallback)
 trainer.train()
 
-batch = trainer.last_surrogate.batch
+batch = trainer.last_window.surrogates[0].batch
 record = {
     name: [round(x, 5) for x in getattr(batch, name).tolist()]
     for name in ("log_probs", "old_log_probs", "advantages")

@@ -187,9 +187,11 @@ class Window:
 
     def _route(self, fresh: bool) -> Route:
         shared = self._shared()
-        if not shared:  # the same on every rank
+        coupled = isinstance(self.stepper.objective.mask, Renormalised)  # by its denominator
+        if not shared and not coupled:  # the same on every rank
             return Route.CONTAINED
-        contained, single = self._everywhere(self._inside(shared), len(self.parts) == 1)
+        inside = not coupled and self._inside(shared)
+        contained, single = self._everywhere(inside, len(self.parts) == 1)
         if contained:
             return Route.CONTAINED
         if self.stepper.mode != "exact":
@@ -206,8 +208,6 @@ class Window:
     def _shared(self) -> list[tuple[Strata, Match]]:
         """The contexts that the objective looks at and that may reach beyond one part."""
         layout, whole = self._plan.layout, self._plan.batch
-        if isinstance(self.stepper.objective.mask, Renormalised):
-            return False  # its denominator couples everything
         pairs = [(x.strata, x.match) for x in (layout.contexts, layout.states) if x is not None]
         if self.stepper.objective.by_trajectory and "trajectory" in whole.labels:
             pairs.append((whole.strata(["trajectory"]), whole.pieces))

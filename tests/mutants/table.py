@@ -258,8 +258,8 @@ MUTANTS = [
     Mutant(
         "each rank decides its route alone",
         "exact.py",
-        "return float(collective.total(flag)) == collective.size",
-        "return condition",
+        "return (collective.total(flags) == collective.size).tolist()",
+        "return (flags == 1).tolist()",
         "test_exact.py::test_a_group_cut_on_one_rank_only_is_contained_on_none",
     ),
     Mutant(
