@@ -14,10 +14,10 @@ ROOT = Path(fiberpo.__file__).parent
 LAYERS = [
     {"errors", "collective", "palette"},
     {"ops"},
-    {"labels", "inputs", "budgets", "charts", "strata", "gates", "batch", "layout"},
-    {"gating", "weights", "masks", "statistics", "measurement"},
+    {"labels", "inputs", "budgets", "charts", "strata", "gates", "peer_gates", "batch", "layout"},
+    {"gating", "weights", "masks", "token_masks", "statistics", "measurement"},
     {"objective", "memory", "exact", "citations"},
-    {"recipes", "testing"},
+    {"building", "peers", "recipes", "testing"},
     {"theory"},
     {"integrations", "report"},
     {"train"},
