@@ -37,6 +37,10 @@ class Chart(Protocol):
         """Log of the gated ratio that the gated drifts stand for."""
         ...
 
+    def ratio(self, drift: Float[Tensor, "channels N"]) -> Float[Tensor, " N"]:
+        """The gated ratio ``G`` itself."""
+        ...
+
     def ratio_slope(self, log_gated_ratio: Float[Tensor, " N"]) -> Float[Tensor, "channels N"]:
         """``d G / d drift`` where ``G = exp(log_gated_ratio)``."""
         ...
@@ -63,6 +67,10 @@ class Log:
     def recover(self, drift: Float[Tensor, "1 N"]) -> Float[Tensor, " N"]:
         """``log G = y``."""
         return drift[0]
+
+    def ratio(self, drift: Float[Tensor, "1 N"]) -> Float[Tensor, " N"]:
+        """``G = exp(y)``."""
+        return drift[0].exp()
 
     def ratio_slope(self, log_gated_ratio: Float[Tensor, " N"]) -> Float[Tensor, "1 N"]:
         """``dG/dy = G``."""
@@ -101,6 +109,10 @@ class SignedLog:
         """``log G = y+ - y-``."""
         return drift[0] - drift[1]
 
+    def ratio(self, drift: Float[Tensor, "2 N"]) -> Float[Tensor, " N"]:
+        """``G = exp(y+ - y-)``."""
+        return (drift[0] - drift[1]).exp()
+
     def ratio_slope(self, log_gated_ratio: Float[Tensor, " N"]) -> Float[Tensor, "2 N"]:
         """``dG/dy+ = G``, ``dG/dy- = -G``."""
         gated = log_gated_ratio.exp()
@@ -109,7 +121,8 @@ class SignedLog:
 
 @dataclass(frozen=True)
 class Deviation:
-    """One channel, ``d = r - 1``; ``G = 1 + y``. The chart of APC-Obj.
+    """One channel, ``d = r - 1``; ``G = 1 + y``. The chart of APC-Obj and of
+    other gates that are functions of the ratio itself (SAPO, SPO, Truly PPO).
 
     >>> Deviation().decompose(torch.tensor([0.0]))
     tensor([[0.]])
@@ -126,8 +139,12 @@ class Deviation:
         return log_ratio.exp()[None]
 
     def recover(self, drift: Float[Tensor, "1 N"]) -> Float[Tensor, " N"]:
-        """``log G = log(1 + y)``; ``-inf`` where the gated ratio is 0."""
+        """``log G = log(1 + y)``; ``-inf`` where the gated ratio is 0, NaN where it is negative."""
         return torch.log1p(drift[0])
+
+    def ratio(self, drift: Float[Tensor, "1 N"]) -> Float[Tensor, " N"]:
+        """``G = 1 + y``; a gate may make it negative."""
+        return 1 + drift[0]
 
     def ratio_slope(self, log_gated_ratio: Float[Tensor, " N"]) -> Float[Tensor, "1 N"]:
         """1 everywhere."""

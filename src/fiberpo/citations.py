@@ -22,6 +22,18 @@ PAPERS = {
     "icepop": "Every Step Evolves: Scaling Reinforcement Learning for Trillion-Scale Thinking "
     "Model, arXiv 2510.18855",
     "opsm": "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models, arXiv 2512.02556",
+    "cispo": "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention, "
+    "arXiv 2506.13585",
+    "scale_rl": "The Art of Scaling Reinforcement Learning Compute for LLMs, arXiv 2510.13786",
+    "sapo": "Soft Adaptive Policy Optimization, arXiv 2511.20347",
+    "gmpo": "Geometric-Mean Policy Optimization, arXiv 2507.20673",
+    "dppo": "Rethinking the Trust Region in LLM Reinforcement Learning, arXiv 2602.04879",
+    "cppo": "Beyond Uniform Token-Level Trust Region in LLM Reinforcement Learning, "
+    "arXiv 2606.10968",
+    "spo": "Simple Policy Optimization, arXiv 2401.16025",
+    "topr": "Tapered Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs, "
+    "arXiv 2503.14286",
+    "truly_ppo": "Truly Proximal Policy Optimization, arXiv 1903.07940",
 }
 
 

@@ -30,7 +30,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .batch import RatioBatch
@@ -122,7 +122,10 @@ class GateMap:
         if at is None:
             gated_token = self._gate_tokens(drift, sign, layout)
             log_gated = self.chart.recover(gated_token.value)
-            return GatedRatio(self, batch, layout, log_ratio, first, drift, log_gated, gated_token)
+            return GatedRatio(
+                self, batch, layout, log_ratio, first, drift, gated_token.value, log_gated,
+                gated_token,
+            )  # fmt: skip
         strata = at.strata
         sums = strata.push_up(strata.leaf_segments.rows(at.omega * drift))
         mean = at.match.merge(sums) / at.mass
@@ -131,10 +134,11 @@ class GateMap:
         token_drift = drift - strata.at_tokens(mean)
         gated_token = self._gate_tokens(token_drift, sign, layout)
         base = strata.at_tokens(strata.sum_path(gated.value))
-        log_gated = self.chart.recover(base + gated_token.value)
+        gated_drift = base + gated_token.value
+        log_gated = self.chart.recover(gated_drift)
         return GatedRatio(
-            self, batch, layout, log_ratio, first, token_drift, log_gated, gated_token,
-            mean=mean, residual=residual, gated=gated,
+            self, batch, layout, log_ratio, first, token_drift, gated_drift, log_gated,
+            gated_token, mean=mean, residual=residual, gated=gated,
         )  # fmt: skip
 
     def _gate_contexts(self, residual: Tensor, at: ContextLayout) -> Gated:
@@ -173,7 +177,9 @@ class GatedRatio:
     """A gated batch: values, pieces of every gate, and the pullback of a gradient.
 
     Attributes:
-        log_gated_ratio: ``[N]`` float64, ``log G(r)_i``.
+        gated_drift: ``[channels, N]`` what the chart recovers the gated ratio from.
+        log_gated_ratio: ``[N]`` float64, ``log G(r)_i``; NaN where ``G`` is negative, which some
+            gates in the `Deviation` chart make it (SPO, Truly PPO).
         first: the drifts before anything is pushed up.
         token_drift: ``[channels, N]`` residual drift of each token (its input to the token gate).
         token: the gated tokens.
@@ -188,6 +194,7 @@ class GatedRatio:
     log_ratio: Float[Tensor, " N"]
     first: Gated
     token_drift: Float[Tensor, "channels N"]
+    gated_drift: Float[Tensor, "channels N"]
     log_gated_ratio: Float[Tensor, " N"]
     token: Gated
     mean: Float[Tensor, "channels C"] | None = None
@@ -211,12 +218,22 @@ class GatedRatio:
         """Log of what multiplies ``mu_i M_i A_i``: ``log G``, or ``log r`` where pessimistic."""
         return torch.where(self.uses_ratio(), self.log_ratio, self.log_gated_ratio)
 
+    def factor(self, absent: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """``G``, or ``r`` where pessimistic; anything finite where ``absent``."""
+        uses_ratio = self.uses_ratio()
+        drift = torch.where(absent | uses_ratio, 0.0, self.gated_drift)
+        gated = self.gate_map.chart.ratio(drift)
+        if not self.gate_map.pessimistic:
+            return gated
+        taken = torch.where(uses_ratio & ~absent, self.log_ratio, 0.0)
+        return torch.where(uses_ratio, taken.exp(), gated)
+
     def terms(self, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """``weight_i exp(log_factor_i)``; 0 where the weight is 0, whatever the factor.
+        """``weight_i factor_i``; 0 where the weight is 0, whatever the factor.
 
         Where the map is ``detached``, that times ``log pi``.
         """
-        factor = torch.where(weight == 0, 0.0, self.log_factor()).exp()
+        factor = self.factor(weight == 0)
         if self.gate_map.detached:
             return weight * factor.detach() * self.batch.log_probs.double()
         return weight * factor
@@ -227,18 +244,18 @@ class GatedRatio:
 
     @torch.no_grad()
     def pullback(self, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """``dJ/dl`` of ``J = sum_i weight_i exp(log_factor_i)``, in closed form.
+        """``dJ/dl`` of ``J``, the sum of the `terms`, in closed form.
 
         Args:
             weight: ``mu_i M_i A_i``, float64.
         """
         chart, uses_ratio, absent = self.gate_map.chart, self.uses_ratio(), weight == 0
         if self.gate_map.detached:
-            return weight * torch.where(absent, 0.0, self.log_factor()).exp()
-        # a ratio may overflow where it is masked: left out, never multiplied by 0
+            return weight * self.factor(absent)
+        # a ratio or a slope may overflow where it is masked: left out, never multiplied by 0
         slope = chart.ratio_slope(torch.where(absent, 0.0, self.log_gated_ratio))
         adjoint = torch.where(uses_ratio, 0.0, weight) * slope
-        at_token = adjoint * self.token.slope
+        at_token = torch.where(adjoint == 0, 0.0, adjoint * self.token.slope)
         pulled = at_token
         if self.token.total_slope is not None:
             pulled = pulled + self._pull_states(adjoint * self.token.total_slope)

@@ -25,8 +25,9 @@ def measure(
     ``gate/<stratum>/{pass,rollback,zeroed}_frac`` are fractions of contexts (of tokens at the token
     stratum), each context counted once by the worst regime of its channels; ``gate/active`` is the
     fraction of tokens on whose path some gate does not pass (`Zero`, which removes a component by
-    construction, does not count). ``gate/gradient_*`` compare the
-    coefficients with those of the ungated objective ``mu A r``, weighed by their size.
+    construction, does not count). ``gate/left_out`` is the fraction of tokens that a mask or a
+    factor of 0 takes away from an advantage. ``gate/gradient_*`` compare the coefficients with
+    those of the ungated objective ``mu A r`` on the tokens that are left, weighed by their size.
     """
     means: dict[str, Moments] = {}
     drifts: dict[str, tuple[Moments, Histogram]] = {}
@@ -34,6 +35,7 @@ def measure(
     active = _worst(gated.token.regime) > 0
     if isinstance(gated.gate_map.token, Zero):
         active = torch.zeros_like(active)
+    active = active | (_worst(gated.first.regime) > 0)
     if gated.strata is not None and gated.gated is not None and gated.residual is not None:
         strata = gated.strata
         worst = _worst(gated.gated.regime)
@@ -51,6 +53,7 @@ def measure(
     _fractions(means, "gate/token", _worst(gated.token.regime))
     _drifts(drifts, "gate/token", _own_channel(gated))
     means["gate/active"] = Moments.of(active)
+    means["gate/left_out"] = Moments.of((weight == 0) & (batch.advantages != 0))
     log_ratio = gated.log_ratio
     for suffix, mine in {"": torch.ones_like(active), **_tokens_by_domain(batch)}.items():
         _divergences(means, "kl", log_ratio[mine], suffix)

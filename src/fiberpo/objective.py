@@ -226,7 +226,7 @@ class Surrogate:
         coefficients: ``[N]`` float64, ``dJ/d log_probs`` without graph. The backward of
             ``-(coefficients * log_probs).sum()`` is the exact gradient of the loss.
         gated: the gated batch with all pieces.
-        weight: ``[N]`` float64, ``mu_i M_i A_i``.
+        weight: ``[N]`` float64, ``mu_i M_i A_i``, times the factors of the tokens.
         kept: what the mask says of each trajectory, or None.
     """
 

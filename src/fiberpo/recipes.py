@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from .budgets import BudgetLike
+from .building import Aggregation, build
 from .charts import Deviation, Log, SignedLog
 from .errors import ObjectiveError, StrataError
 from .gates import AggregateGate, BudgetClip, Gate, LogClip, RatioClip, Zero
@@ -18,10 +19,10 @@ from .gating import GateMap, Measure
 from .labels import order_strata
 from .masks import SequenceMask
 from .objective import Objective
+from .peers import PEERS, cispo, cppo, dppo, gmpo, sapo, spo, topr, truly_ppo
 from .weights import Weights
 
 Rollback = Literal["tokens"] | float
-Aggregation = Weights | str
 
 RECOMMENDED_BUDGET = (0.12, 0.05)
 """Budget pair of the paper's last figure, in nats per token."""
@@ -137,7 +138,7 @@ def gspo(
         epsilon, epsilon_high = 3e-4, 4e-4
     gates: dict[str, Gate] = {"trajectory": RatioClip(epsilon, epsilon_high, sign_aware)}
     gate_map = GateMap(Log(), gates, Zero())
-    return _objective("gspo", gate_map, weights, mask, ("gspo",), locals())
+    return build("gspo", gate_map, weights, mask, ("gspo",), locals())
 
 
 def apc(
@@ -161,7 +162,7 @@ def apc(
         FiberPO, arXiv 2603.08239, Definition 3.2.
     """
     gate_map = GateMap(Deviation(), {}, BudgetClip(delta, states))
-    return _objective("apc", gate_map, weights, mask, ("fiberpo",), locals())
+    return build("apc", gate_map, weights, mask, ("fiberpo",), locals())
 
 
 def fiberpo(
@@ -203,7 +204,7 @@ def fiberpo(
     """
     gates: dict[str, Gate] = {"trajectory": AggregateGate(budget, rollback)}
     gate_map = GateMap(SignedLog(), gates, LogClip(epsilon), pessimistic=pessimistic)
-    return _objective("fiberpo", gate_map, weights, mask, ("fiberpo",), locals())
+    return build("fiberpo", gate_map, weights, mask, ("fiberpo",), locals())
 
 
 def fiberpo_domain(
@@ -264,7 +265,7 @@ def fiberpo_domain(
         for name in order_strata(list(budgets))
     }
     gate_map = GateMap(SignedLog(), gates, LogClip(epsilon), measure, pessimistic)
-    return _objective("fiberpo_domain", gate_map, weights, mask, ("fiberpo",), locals())
+    return build("fiberpo_domain", gate_map, weights, mask, ("fiberpo",), locals())
 
 
 RECIPES: Mapping[str, Callable[..., Objective]] = {
@@ -276,6 +277,7 @@ RECIPES: Mapping[str, Callable[..., Objective]] = {
     "apc": apc,
     "fiberpo": fiberpo,
     "fiberpo_domain": fiberpo_domain,
+    **PEERS,
 }
 """By name, for hosts and command lines that demand a string."""
 
@@ -311,20 +313,11 @@ def _clipped(
     parameters: dict[str, Any],
 ) -> Objective:
     parameters.pop("gate")
-    return _objective(name, GateMap(Log(), {}, gate), weights, mask, papers, parameters)
+    return build(name, GateMap(Log(), {}, gate), weights, mask, papers, parameters)
 
 
-def _objective(
-    name: str,
-    gate_map: GateMap,
-    weights: Aggregation,
-    mask: SequenceMask | None,
-    papers: tuple[str, ...],
-    parameters: dict[str, Any],
-) -> Objective:
-    internal = {"gates", "gate_map", "slopes", "unknown"}
-    shown = {k: v for k, v in parameters.items() if k not in internal}
-    return Objective(Weights.parse(weights), gate_map, mask, name, shown, papers)
-
-
-__all__ = [*RECIPES, "RECIPES", "RECOMMENDED_BUDGET", "from_name"]
+__all__ = [
+    "RECIPES", "RECOMMENDED_BUDGET", "apc", "cispo", "cppo", "dapo", "dppo", "dr_grpo", "fiberpo",
+    "fiberpo_domain", "from_name", "gmpo", "grpo", "gspo", "ppo", "sapo", "spo", "topr",
+    "truly_ppo",
+]  # fmt: skip
