@@ -1,7 +1,7 @@
 # make train      install into .venv and run the main job (about 4 minutes on 2 cores)
 # make train-llm  the same on SmolLM2-135M-Instruct (about 8 minutes)
 # make test       install and run all tests, fast ones first
-# make check      format, lint, types, tests (what CI runs)
+# make check      format, lint, types, tests (CI runs this, then make test-verl)
 # make test-verl  the verl adapter in verl's own engine, in an environment of its own (.venv-verl)
 # make bench      benchmarks
 
