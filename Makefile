@@ -1,6 +1,7 @@
 # make train      install into .venv and run the main job (about 4 minutes on 2 cores)
 # make train-llm  the same on SmolLM2-135M-Instruct (about 8 minutes)
 # make test       install and run all tests, fast ones first
+# make test-deepspeed  ZeRO-2 on two CPU processes equals one process (own environment, C++ compiler)
 # make check      format, lint, types, tests (what CI runs)
 # make bench      benchmarks
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install train train-llm test test-fast test-slow lint types check bench clean
+.PHONY: install train train-llm test test-fast test-slow test-deepspeed lint types check bench clean
 
 install: $(INSTALLED)
 
@@ -42,6 +43,19 @@ test-fast: install
 test-slow: $(VENV)/.smollm2
 	$(RUN) -m pytest -m slow -n 2
 
+# the packages of .venv, and DeepSpeed beside them
+$(VENV)-deepspeed/.installed: $(INSTALLED)
+	$(BIN)/python -m venv --clear $(VENV)-deepspeed
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(VENV)-deepspeed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(VENV)-deepspeed/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		deepspeed==0.19.8 py-cpuinfo==9.0.0 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 einops==0.8.2
+	touch $@
+
+test-deepspeed: $(VENV)-deepspeed/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(VENV)-deepspeed/bin/python \
+		tests/integrations/deepspeed_ranks.py
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -55,4 +69,4 @@ bench: install
 	$(RUN) benchmarks/objectives.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-deepspeed runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
