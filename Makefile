@@ -3,6 +3,7 @@
 # make test       install and run all tests, fast ones first
 # make check      format, lint, types, tests (CI runs this, then make test-verl)
 # make test-verl  the verl adapter in verl's own engine, in an environment of its own (.venv-verl)
+# make test-deepspeed  ZeRO-2 on two CPU processes equals one process (own environment, C++ compiler)
 # make bench      benchmarks
 
 PYTHON ?= python3
@@ -13,7 +14,8 @@ INSTALLED := $(VENV)/.installed
 
 VERL_VENV ?= .venv-verl
 
-.PHONY: install train train-llm test test-fast test-slow test-verl lint types check bench clean
+.PHONY: install train train-llm test test-fast test-slow test-verl test-deepspeed lint types check \
+	bench clean
 
 install: $(INSTALLED)
 
@@ -57,6 +59,19 @@ $(VERL_VENV)/.installed: pyproject.toml constraints-verl.txt
 test-verl: $(VERL_VENV)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VERL_VENV)/bin/python -m pytest tests/verl
 
+# the packages of .venv, and DeepSpeed beside them
+$(VENV)-deepspeed/.installed: $(INSTALLED)
+	$(BIN)/python -m venv --clear $(VENV)-deepspeed
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(VENV)-deepspeed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(VENV)-deepspeed/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		deepspeed==0.19.8 py-cpuinfo==9.0.0 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 einops==0.8.2
+	touch $@
+
+test-deepspeed: $(VENV)-deepspeed/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(VENV)-deepspeed/bin/python \
+		tests/integrations/deepspeed_ranks.py
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,4 +86,5 @@ bench: install
 	$(RUN) benchmarks/scale.py
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-deepspeed $(VERL_VENV) runs .pytest_cache .mypy_cache .ruff_cache \
+		.hypothesis

@@ -6,6 +6,7 @@ and the defaults in train.md (read the diff).
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
 import io
@@ -92,7 +93,7 @@ def test_every_block_is_seen():
         assert sum(f.startswith("python") for f in fences) == len(list(blocks(page))), page
 
 
-SLOW_EXAMPLES = {"trl_script.py", "record_batch.py"}
+SLOW_EXAMPLES = {"trl_plain.py", "trl_script.py", "record_batch.py"}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,33 @@ def test_example(name, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout
+
+
+def changes(old, new):
+    """Removed and added lines between two scripts, without their docstrings and comments."""
+    texts = [(EXAMPLES / name).read_text().split('"""', 2)[2] for name in (old, new)]
+    lines = [re.sub(r"  # .*", "", text).splitlines() for text in texts]
+    return [x for x in difflib.unified_diff(*lines, n=0, lineterm="") if re.match(r"[-+][^-+]", x)]
+
+
+def test_a_trl_script_changes_in_five_lines():
+    """The page shows them, and each carries a mark."""
+    found = changes("trl_plain.py", "trl_script.py")
+    assert 0 < sum(line.startswith("-") for line in found) <= 5
+    assert sum(line.startswith("+") for line in found) == 5
+    (shown,) = re.findall(r"^```diff\n(.*?)^```$", (DOCS / "trl.md").read_text(), re.M | re.S)
+    assert shown.splitlines() == found
+    marked = re.findall(r"^(.*\S)  # CHANGED", (EXAMPLES / "trl_script.py").read_text(), re.M)
+    assert marked == [line[1:] for line in found if line.startswith("+")]
+
+
+def test_trl_page_names_the_pinned_versions():
+    """Tested with what constraints.txt installs."""
+    (line,) = re.findall(r"^Tested with (.*)$", (DOCS / "trl.md").read_text(), re.M)
+    pins = dict(x.split("==") for x in (ROOT / "constraints.txt").read_text().lower().split())
+    named = re.findall(r"(\w+) ([\d.]+\d)", line.lower())
+    assert len(named) == 5
+    assert {name: pins[name] for name, _ in named} == dict(named)
 
 
 def anchors(page):

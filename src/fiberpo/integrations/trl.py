@@ -38,7 +38,6 @@ from ..objective import Objective
 from ..statistics import Statistics
 from . import trl_masks as masks
 from . import trl_rows as rows
-from .columns import DOMAIN_ALIASES, find_column
 from .trl_config import FiberPOConfig as FiberPOConfig
 from .trl_config import check_config, check_model
 
@@ -92,6 +91,7 @@ class FiberPOTrainer(GRPOTrainer):
         self.last_window: Window | None = None
         self._domains: list[str] = []
         self._place = 0
+        self._sums: dict[str, Tensor] = {}
         self._buffered_inputs: Any = None
         self._last_update_of_rollout = 0
         self._raw_rewards = self._window_rewards = torch.zeros(0)
@@ -114,7 +114,8 @@ class FiberPOTrainer(GRPOTrainer):
 
     def _announce(self) -> None:
         window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        if self.args.keep_groups_together and window % self.num_generations:
+        several = self.args.steps_per_generation > self.args.gradient_accumulation_steps
+        if several and self.args.keep_groups_together and window % self.num_generations:
             logger.warning(
                 "an optimizer window has %d answers a process, which is not a multiple of "
                 "num_generations = %d: prompt groups are cut, and group gates see parts of them.",
@@ -142,14 +143,14 @@ class FiberPOTrainer(GRPOTrainer):
         indices = torch.arange(first, first + len(inputs), device=device)
         output["raw_reward"] = self._raw_rewards[first : first + len(inputs)]
         output["group_id"] = torch.div(indices, per_group, rounding_mode="floor")
-        names = self._domain_names(inputs)
+        names = rows.domains(inputs, self.args.domain_column)
         for name in sorted(set(gather_object(names)) - set(self._domains)):
             self._domains.append(name)
         position = {name: i for i, name in enumerate(self._domains)}
         output["domain_id"] = torch.tensor([position[n] for n in names], device=device)
         if training:
             self._last_update_of_rollout = self.state.global_step
-            self._log_rewards_by_domain(names, per_group)
+            self._log_rewards_by_domain(names)
         return output
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -162,28 +163,22 @@ class FiberPOTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
-    def _domain_names(self, inputs: Sequence[Mapping[str, Any]]) -> list[str]:
-        column = self.args.domain_column
-        if column is None:
-            column = find_column(inputs[0], DOMAIN_ALIASES, "the domain")
-        elif column not in inputs[0]:
-            raise DataError(f"no column {column!r} for the domain; there are {sorted(inputs[0])}")
-        return ["all"] * len(inputs) if column is None else [str(x[column]) for x in inputs]
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; begins with a new rollout unless it resumes from a checkpoint."""
+        self._step, self._place, self._buffered_inputs = 0, 0, None
+        return super().train(*args, **kwargs)
 
-    def _log_rewards_by_domain(self, names: Sequence[str], per_group: int) -> None:
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; training then goes on with the random numbers that it would have had."""
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return super().evaluate(*args, **kwargs)
+
+    def _log_rewards_by_domain(self, names: Sequence[str]) -> None:
         names = gather_object(list(names))
-        totals = torch.zeros(len(names))
-        for values, weight in zip(
-            (self._logs["rewards"][n] for n in self.reward_func_names),
-            self.reward_weights.tolist(), strict=True,
-        ):  # fmt: skip
-            recent = torch.tensor(list(values)[-len(names) :], dtype=torch.float64)
-            totals = totals + weight * torch.nan_to_num(recent)
-        if len(totals) != len(names):
-            return  # TRL keeps fewer completions in its log than one rollout has
         for name in sorted(set(names)):
-            mine = torch.tensor([n == name for n in names])
-            self._metrics["train"][f"reward/domain={name}"].append(float(totals[mine].mean()))
+            mine = torch.tensor([n == name for n in names]).to(self._raw_rewards.device)
+            self._log(f"reward/domain={name}", float(self._raw_rewards[mine].double().mean()))
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if not (self.model.training and self.args.keep_groups_together):
@@ -201,55 +196,68 @@ class FiberPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         log_probs, entropies, aux_loss = self._log_probs(model, inputs, with_extras=True)
         mask = rows.loss_mask(inputs)
+        assert entropies is not None
         if not self.model.training:
-            batch = self._batch(inputs, model).with_log_probs(self._anchored(inputs, log_probs))
-            self._log_entropy("eval", entropies, mask)
-            return self.objective(batch).loss.detach().to(log_probs.dtype)
+            self._sums = {}
+            self._count("entropy", entropies[mask])
+            self._log_means("eval")
+            return self._eval_loss(inputs, log_probs.detach())
         place, size = self._place, self.current_gradient_accumulation_steps
         self._place = (place + 1) % size
         if place == 0:
             self.last_window = self._open_window(model, size)
         window = self.last_window
         assert window is not None
-        loss = window.loss(place, self._anchored(inputs, log_probs))
+        loss = window.loss(place, rows.anchored(inputs, log_probs))
         if self.beta != 0.0:
             penalty = self._reference_kl(inputs, log_probs, mask, window.weights[place])
             loss = loss + self.beta * penalty * self.accelerator.num_processes
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / size
-        self._log_entropy("train", entropies, mask)
+        self._count("entropy", entropies[mask])
         if place == size - 1:
             window.close()
             self._log_window(window)
         return loss
 
-    @staticmethod
-    def _anchored(inputs: Mapping[str, Any], log_probs: Tensor) -> Tensor:
-        """Beside the anchor of `_batch`: 0 where the anchor is the current policy itself."""
-        if {"old_per_token_logps", "sampling_per_token_logps"} & set(inputs):
-            return log_probs
-        return log_probs - log_probs.detach()
+    def _eval_loss(self, inputs: dict[str, Any], log_probs: Tensor) -> Tensor:
+        """The objective on the eval batch of all ranks."""
+        batch = self._batch(inputs, log_probs).with_log_probs(log_probs)
+        share = self.objective(batch, collective=self._group).loss
+        return self._group.total(share.detach()).to(log_probs.dtype)
 
     def _open_window(self, model: Any, size: int) -> Window:
         start = self._step % self.args.steps_per_generation
         inputs = self._buffered_inputs[start : start + size]
+        if len(inputs) < size:
+            raise DataError(
+                f"a window of {size} micro-batches begins at micro-batch {start} of a rollout of "
+                f"{self.args.steps_per_generation}: the epoch before ended within a rollout. Use a "
+                "sampler that yields whole rollouts, as TRL's own does, or train one epoch."
+            )
+        self._sums = {}
         fresh = self.state.global_step == self._last_update_of_rollout
         fresh = fresh or "old_per_token_logps" not in inputs[0]
         if self.args.reward_range is not None:
             self._window_rewards = masks.rewards_of(inputs)
-        window = self._stepper.open([self._batch(x, model) for x in inputs], fresh=fresh)
+        window = self._stepper.open(
+            [self._batch(x, self._anchor(x, model)) for x in inputs], fresh=fresh
+        )
         if window.needs_forward:
             with torch.no_grad():
                 window.fill([self._log_probs(model, x)[0] for x in inputs])
         return window
 
-    def _batch(self, inputs: dict[str, Any], model: Any) -> RatioBatch:
+    def _anchor(self, inputs: dict[str, Any], model: Any) -> Tensor:
+        """The current policy where TRL leaves out the anchor; 0 where nothing looks at it."""
+        if "old_per_token_logps" in inputs or "sampling_per_token_logps" not in inputs:
+            return torch.zeros(inputs["completion_ids"].shape, device=self.accelerator.device)
+        with torch.no_grad():  # a mask compares the rollout with the log-probs themselves
+            return self._log_probs(model, inputs)[0]
+
+    def _batch(self, inputs: dict[str, Any], anchor: Tensor) -> RatioBatch:
         """The loss tokens of a micro-batch at the anchor of the ratio."""
-        mask, old = rows.loss_mask(inputs), inputs.get("old_per_token_logps")
-        if old is None and inputs.get("sampling_per_token_logps") is not None:
-            with torch.no_grad():  # a mask compares the rollout with the log-probs themselves
-                old = self._log_probs(model, inputs)[0]
-        old = torch.zeros(mask.shape, device=mask.device) if old is None else old.float()
+        mask, old = rows.loss_mask(inputs), rows.old_log_probs(inputs, anchor)
         return RatioBatch.from_padded(
             old,
             old,
@@ -272,9 +280,7 @@ class FiberPOTrainer(GRPOTrainer):
         """
         gap = (inputs["ref_per_token_logps"] - log_probs)[mask].double()
         penalty = torch.expm1(gap) - gap
-        sums = torch.stack([penalty.detach().sum(), torch.ones_like(gap).sum()])
-        total, count = self._group.total(sums).tolist()
-        self._log("kl", total / max(count, 1.0))
+        self._count("kl", penalty)
         if self.args.use_bias_correction_kl:
             log_ratio = (log_probs - rows.old_log_probs(inputs, log_probs))[mask]
             penalty = penalty * log_ratio.double().exp()
@@ -305,12 +311,17 @@ class FiberPOTrainer(GRPOTrainer):
     def _log(self, name: str, value: float, mode: str = "train") -> None:
         self._metrics[mode][name].append(value)
 
-    def _log_entropy(self, mode: str, entropies: Tensor | None, mask: Tensor) -> None:
-        assert entropies is not None
-        sums = torch.stack([torch.where(mask, entropies, 0.0).sum(), mask.sum()]).detach()
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        if count:
-            self._log("entropy", total / count, mode)
+    def _count(self, name: str, values: Tensor) -> None:
+        """Add the values of tokens to a mean of the window."""
+        values = values.detach().double()
+        sums = torch.stack([values.sum(), torch.ones_like(values).sum()])
+        self._sums[name] = self._sums.get(name, 0) + sums
+
+    def _log_means(self, mode: str) -> None:
+        for name, sums in self._sums.items():
+            total, count = self._group.total(sums).tolist()
+            if count:
+                self._log(name, total / count, mode)
 
     def _log_window(self, window: Window) -> None:
         parts = gather_object([window.statistics.state()])
@@ -319,6 +330,7 @@ class FiberPOTrainer(GRPOTrainer):
         self.run_statistics = merged if before is None else before.merge(merged)
         for name, value in merged.compute().items():
             self._log(name, value)
+        self._log_means("train")
         if window.needs_forward:
             gap = self._group.largest(window.phase_difference)
             self._log("gate/phase_difference", float(gap))
@@ -372,7 +384,9 @@ class FiberPOTrainer(GRPOTrainer):
                 "as many processes, so the rollout in use cannot be continued. Resume with the "
                 "same number of processes, or load the model and start a new run."
             )
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device  # "cpu:1" on the second rank without a GPU
+        where = "cpu" if device.type == "cpu" else device
+        state = torch.load(path, map_location=where, weights_only=True)
         self._step = state["micro_step"]
         self._buffered_inputs = state["buffered_inputs"]
         self._domains = state["domains"]

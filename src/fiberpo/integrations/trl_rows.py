@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from ..objective import Surrogate
+from .columns import DOMAIN_ALIASES, find_column
 
 
 def old_log_probs(inputs: Mapping[str, Any], current: Tensor) -> Tensor:
-    """The anchor of the ratio; TRL leaves it out where it is the current policy."""
+    """The anchor of the ratio, in float32 at least; TRL leaves it out where it is the current
+    policy."""
     old = inputs.get("old_per_token_logps")
-    return current.detach() if old is None else old
+    old = current.detach() if old is None else old
+    return old if old.dtype == torch.float64 else old.float()
+
+
+def domains(inputs: Sequence[Mapping[str, Any]], column: str | None) -> list[str]:
+    """The domain of every row of data, ``all`` where there is no such column.
+
+    Raises:
+        DataError: if the rows lack ``column``, or two columns could be meant.
+    """
+    if column is None:
+        column = find_column(inputs[0], DOMAIN_ALIASES, "the domain")
+    elif column not in inputs[0]:
+        raise DataError(f"no column {column!r} for the domain; there are {sorted(inputs[0])}")
+    return ["all"] * len(inputs) if column is None else [str(x[column]) for x in inputs]
+
+
+def anchored(inputs: Mapping[str, Any], log_probs: Tensor) -> Tensor:
+    """0 where the anchor of the ratio is the current policy itself and nothing else is asked."""
+    if {"old_per_token_logps", "sampling_per_token_logps"} & set(inputs):
+        return log_probs
+    return log_probs - log_probs.detach()
 
 
 def loss_mask(inputs: Mapping[str, Any]) -> Tensor:
