@@ -343,8 +343,8 @@ MUTANTS = [
     Mutant(
         "renormalised over each micro-batch",
         "exact.py",
-        "if isinstance(self.stepper.objective.mask, Renormalised):",
-        "if False:",
+        "coupled = isinstance(self.stepper.objective.mask, Renormalised)",
+        "coupled = False",
         "test_masks.py::test_masks_survive_any_cut[renormalised-whole]",
     ),
     Mutant(
