@@ -1,0 +1,66 @@
+"""Objectives and budgets from command-line text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ConfigError
+
+
+def _parse_budget(text: str) -> tuple[str, Any]:
+    """``domain=0.02,0.015`` or ``domain:math=0.02,0.015`` -> (stratum, budget)."""
+    place, _, pair = text.partition("=")
+    try:
+        positive, negative = (float(part) for part in pair.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"--budget {text!r} is not of the form domain=0.02,0.015 (or domain:math=0.02,0.015 "
+            "for one context)"
+        ) from error
+    stratum, _, context = place.partition(":")
+    return stratum, {context: (positive, negative)} if context else (positive, negative)
+
+
+def budgets_from(texts: list[str]) -> dict[str, Any]:
+    """Budgets by stratum from the command line; several contexts of one stratum are joined.
+
+    >>> budgets_from(["domain:math=0.2,0.1", "domain:*=0.1,0.05", "group=0.1,0.1"])
+    {'domain': {'math': (0.2, 0.1), '*': (0.1, 0.05)}, 'group': (0.1, 0.1)}
+    """
+    out: dict[str, Any] = {}
+    for text in texts:
+        stratum, budget = _parse_budget(text)
+        if isinstance(budget, dict) and isinstance(out.get(stratum), dict):
+            out[stratum].update(budget)
+        elif stratum in out:
+            raise ConfigError(f"--budget names the stratum {stratum!r} twice")
+        else:
+            out[stratum] = budget
+    return out
+
+
+def objective_kwargs(
+    objective: str | None,
+    budget: list[str],
+    epsilon: float | None,
+    pessimistic: bool | None,
+    values: dict[str, Any],
+) -> dict[str, Any]:
+    """Parameters of a recipe from command-line flags, on top of ``values``."""
+    out = dict(values)
+    if budget:
+        budgets = budgets_from(budget)
+        if objective == "fiberpo":
+            if set(budgets) != {"trajectory"}:
+                raise ConfigError(
+                    f"fiberpo has one budget, that of the trajectory, not {sorted(budgets)}; use "
+                    "--objective fiberpo_domain for other strata"
+                )
+            out["budget"] = budgets["trajectory"]
+        else:
+            out["budgets"] = budgets
+    if epsilon is not None:
+        out["epsilon"] = epsilon
+    if pessimistic is not None:
+        out["pessimistic"] = pessimistic
+    return out
