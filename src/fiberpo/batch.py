@@ -11,17 +11,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from . import inputs
+from . import cutting, inputs
 from . import strata as strata_module
 from .collective import LOCAL, Collective, Match
 from .divergence import TokenDivergence, check_divergence
 from .errors import EmptyBatchError, ShapeError, StrataError
 from .inputs import Input
 from .labels import GLOBAL_TOKEN_LEVEL, Label, chain, ordered
-from .ops.segments import Segments, tokens_of
+from .ops.segments import Segments
 from .strata import Strata
 
 
@@ -35,7 +35,7 @@ class RatioBatch:
         log_probs: ``[N]`` log-probs of the sampled tokens under the current policy, in nats; the
             only tensor that carries a gradient.
         old_log_probs: ``[N]`` the same under the anchor of the ratio.
-        advantages: ``[N]``.
+        given_advantages: ``[rows]`` where constant on a row, or ``[N]``; see `advantages`.
         lengths: ``[rows]`` loss tokens of each row, all >= 1. A row is a trajectory, or one piece
             of a trajectory where ``trajectory`` is among the labels.
         labels: encoded labels, coarse to fine.
@@ -58,7 +58,7 @@ class RatioBatch:
 
     log_probs: Float[Tensor, " N"]
     old_log_probs: Float[Tensor, " N"]
-    advantages: Float[Tensor, " N"]
+    given_advantages: Float[Tensor, "..."]
     lengths: Int[Tensor, " rows"]
     labels: Mapping[str, Label] = field(default_factory=dict)
     rollout_log_probs: Float[Tensor, " N"] | None = None
@@ -99,10 +99,29 @@ class RatioBatch:
         return torch.repeat_interleave(rows, self.lengths, output_size=len(self))
 
     @cached_property
+    def advantages(self) -> Float[Tensor, " N"]:
+        """Advantage of every token."""
+        return self.spread(self.given_advantages)
+
+    def spread(self, values: Float[Tensor, "..."]) -> Float[Tensor, " N"]:
+        """Of every token, from one value a row or one a token."""
+        return values[self.row] if len(values) == self.rows else values
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the advantages are constant on each row."""
+        return len(self.given_advantages) == len(self.lengths)
+
+    @cached_property
     def trajectory(self) -> Int[Tensor, " N"]:
         """Trajectory of every token."""
         pieces = self.labels.get("trajectory")
         return self.row if pieces is None else pieces.codes[self.row]
+
+    def of_rows(self, values: Shaped[Tensor, " trajectories"]) -> Shaped[Tensor, " rows"]:
+        """``values`` of the trajectory of each row."""
+        pieces = self.labels.get("trajectory")
+        return values if pieces is None else values[pieces.codes]
 
     @cached_property
     def by_trajectory(self) -> Segments:
@@ -174,17 +193,7 @@ class RatioBatch:
 
     def select(self, rows: Int[Tensor, " k"]) -> RatioBatch:
         """The tokens of some rows, in the order given (a packed batch: `to_padded` is gone)."""
-        tokens = tokens_of(self.lengths, rows)
-        rollout, divergence = self.rollout_log_probs, self.token_divergence
-        return RatioBatch(
-            log_probs=self.log_probs[tokens],
-            old_log_probs=self.old_log_probs[tokens],
-            advantages=self.advantages[tokens],
-            lengths=self.lengths[rows],
-            labels={n: v.select(tokens if v.per_token else rows) for n, v in self.labels.items()},
-            rollout_log_probs=None if rollout is None else rollout[tokens],
-            token_divergence=None if divergence is None else divergence.select(tokens),
-        )
+        return RatioBatch(**cutting.select(self, rows))
 
     @classmethod
     def concatenate(cls, parts: Sequence[RatioBatch]) -> RatioBatch:
@@ -194,33 +203,9 @@ class RatioBatch:
             EmptyBatchError: for no parts.
             StrataError: if labels differ in kind, or do not nest over the whole.
         """
-        if not parts:
-            raise EmptyBatchError("no parts to concatenate; pass at least one RatioBatch")
-        columns = [part._columns() for part in parts]
-        if any(c != columns[0] for c in columns):
-            raise StrataError(f"the parts do not carry the same columns: {columns}")
-        first = parts[0]
-        labels = {
-            name: Label.concatenate([part.labels[name] for part in parts]) for name in first.labels
-        }
-        rollout = [p.rollout_log_probs for p in parts if p.rollout_log_probs is not None]
-        divergence = [p.token_divergence for p in parts if p.token_divergence is not None]
-        whole = cls(
-            log_probs=torch.cat([p.log_probs for p in parts]),
-            old_log_probs=torch.cat([p.old_log_probs for p in parts]),
-            advantages=torch.cat([p.advantages for p in parts]),
-            lengths=torch.cat([p.lengths for p in parts]),
-            labels=labels,
-            rollout_log_probs=torch.cat(rollout) if rollout else None,
-            token_divergence=TokenDivergence.concatenate(divergence) if divergence else None,
-            dropped=sum(p.dropped for p in parts),
-        )
+        whole = cls(**cutting.concatenate(parts))
         whole._check_nesting()
         return whole
-
-    def _columns(self) -> list[str]:
-        more = ("rollout_log_probs", "token_divergence")
-        return [*sorted(self.labels), *(n for n in more if getattr(self, n) is not None)]
 
     def _check_nesting(self) -> None:
         nested = [n for n in chain(self.labels) if n not in GLOBAL_TOKEN_LEVEL]
@@ -326,7 +311,7 @@ class RatioBatch:
         batch = cls._checked(
             log_probs[mask],
             old_log_probs.to(device)[mask],
-            inputs.padded_advantages(advantages, shape).to(device)[mask],
+            inputs.padded_advantages(advantages, shape, mask),
             mask.sum(1),
             {
                 name: inputs.padded_label(name, ids, shape, mask)
@@ -359,7 +344,7 @@ class RatioBatch:
         batch = cls(
             log_probs=inputs.widen("log_probs", log_probs),
             old_log_probs=inputs.widen("old_log_probs", old_log_probs.detach()),
-            advantages=inputs.as_float(advantages.detach().to(log_probs.device)),
+            given_advantages=inputs.as_float(advantages.detach().to(log_probs.device)),
             lengths=lengths[keep],
             labels=ordered({n: v if v.per_token else v.select(keep) for n, v in labels.items()}),
             rollout_log_probs=rollout_log_probs,
@@ -370,7 +355,7 @@ class RatioBatch:
             {
                 "log_probs": batch.log_probs,
                 "old_log_probs": batch.old_log_probs,
-                "advantages": batch.advantages,
+                **({} if torch.isfinite(advantages).all() else {"advantages": batch.advantages}),
                 "rollout_log_probs": batch.rollout_log_probs,
             },
             lengths,

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .ops.plan import ChartCode
+
 
 @runtime_checkable
 class Chart(Protocol):
@@ -55,6 +57,7 @@ class Log:
     """
 
     channels: ClassVar[int] = 1
+    lowered: ClassVar[ChartCode] = ChartCode.LOG
 
     def decompose(self, log_ratio: Float[Tensor, " N"]) -> Float[Tensor, "1 N"]:
         """``d = l``."""
@@ -91,6 +94,7 @@ class SignedLog:
     """
 
     channels: ClassVar[int] = 2
+    lowered: ClassVar[ChartCode] = ChartCode.SIGNED_LOG
 
     def decompose(self, log_ratio: Float[Tensor, " N"]) -> Float[Tensor, "2 N"]:
         """``(max(l, 0), max(-l, 0))``."""
@@ -129,6 +133,7 @@ class Deviation:
     """
 
     channels: ClassVar[int] = 1
+    lowered: ClassVar[ChartCode] = ChartCode.DEVIATION
 
     def decompose(self, log_ratio: Float[Tensor, " N"]) -> Float[Tensor, "1 N"]:
         """``d = exp(l) - 1``."""

@@ -162,7 +162,10 @@ class Window:
         whole = RatioBatch.concatenate(parts)
         self._whole = whole
         self._plan = stepper.objective.plan(whole, collective=stepper.collective)
-        self.weights: list[Tensor] = list(self._plan.mu.split(self._sizes))
+        shares = self._plan.shares
+        by_row = len(shares) == whole.rows
+        self._shares = list(shares.split([p.rows for p in parts] if by_row else self._sizes))
+        self.weights = [part.spread(share) for part, share in zip(parts, self._shares, strict=True)]
         self.route = self._route(fresh)
         every = stepper.check_every
         self._checks = self._approximate and every > 0 and stepper.windows % every == 0
@@ -170,7 +173,7 @@ class Window:
         self.surrogates: list[Surrogate] = []
         self.phase_difference = torch.zeros((), dtype=torch.float64, device=whole.device)
         self._phase_one: list[Tensor] = []
-        self._coefficients: list[Tensor] = []
+        self._gradients: list[Tensor] = []
         self._values: dict[int, Tensor] = {}
         self._whole_values: list[Tensor] = []
         self._error = torch.zeros(2, dtype=torch.float64, device=whole.device)
@@ -249,8 +252,8 @@ class Window:
     def _evaluate(self, log_probs: Tensor) -> None:
         whole = self._whole.with_log_probs(log_probs, self._whole.token_divergence)
         surrogate = self.stepper.objective(whole, plan=self._plan)
-        self._coefficients = list(surrogate.coefficients.split(self._sizes))
-        self._whole_values = list(surrogate.values.split(self._sizes))
+        self._gradients = list(surrogate.gradient.split(self._sizes))
+        self._whole_values = list(surrogate.loss_of_rows().split([p.rows for p in self.parts]))
         if not self._approximate:
             self.surrogates = [surrogate]
 
@@ -279,34 +282,34 @@ class Window:
                 "this window needs the log-probs of all its parts first: window.fill(...) without "
                 "graph, then window.loss(k, ...)"
             )
-        coefficients, value = self._part(k, part)
+        gradient, value = self._part(k, part)
         if self._phase_one and len(part):
             gap = (part.log_probs.detach() - self._phase_one[k]).abs().max().double()
             self.phase_difference = torch.maximum(self.phase_difference, gap)
         self._values[k] = value.detach().double()
         scale = self.stepper.scale
-        pulled = -(coefficients.to(part.log_probs.dtype) * part.log_probs).sum() * scale
+        pulled = (gradient.to(part.log_probs.dtype) * part.log_probs).sum() * scale
         return pulled - pulled.detach() + (self._values[k] * scale).to(pulled.dtype)
 
     def _part(self, k: int, part: RatioBatch) -> tuple[Tensor, Tensor]:
-        """Coefficients and share of the loss of one part."""
+        """Gradient and share of the loss of one part."""
         detached = part.with_log_probs(part.log_probs.detach(), part.token_divergence)
-        if self.route is Route.SINGLE and not self._coefficients:
+        if self.route is Route.SINGLE and not self._gradients:
             self._evaluate(detached.log_probs)
         if self.route in (Route.FRESH, Route.SINGLE, Route.TWO_PHASE):
-            return self._coefficients[k], self._whole_values[k].sum()
+            return self._gradients[k], self._whole_values[k].sum()
         surrogate = self.stepper.objective(detached, plan=self._part_plan(k, detached))
         self.surrogates.append(surrogate)
         if self._checks:
-            exact = self._coefficients[k]
-            apart = (surrogate.coefficients - exact).square().sum()
+            exact = self._gradients[k].double()
+            apart = (surrogate.gradient - exact).square().sum()
             self._error += torch.stack([apart, exact.square().sum()])
-        return surrogate.coefficients, surrogate.values.sum()
+        return surrogate.gradient, surrogate.loss.detach()
 
     def _part_plan(self, k: int, part: RatioBatch) -> Plan:
         """Of one part by itself, with the weights that it has in the whole step."""
         collective = self.stepper.memory if self.route is Route.STALE else LOCAL
-        return self.stepper.objective.plan(part, collective=collective, mu=self.weights[k])
+        return self.stepper.objective.plan(part, collective=collective, mu=self._shares[k])
 
     def close(self) -> None:
         """End the step; all ranks call together (the mode ``"stale"`` exchanges its sums here)."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from .budgets import Budget, BudgetLike, check_positive
 from .errors import BudgetError, ObjectiveError
 from .labels import ContextNames
+from .ops.plan import OPEN, GateCode, LoweredGate
 
 
 class Regime(enum.IntEnum):
@@ -170,6 +171,10 @@ class Pass:
 
     needs_advantage = False
 
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        return OPEN
+
     def __call__(self, drift: Tensor, site: Site) -> Gated:
         """``value = drift``."""
         one = torch.ones_like(drift)
@@ -181,6 +186,10 @@ class Zero:
     """The zero map: removes a stratum's own component."""
 
     needs_advantage = False
+
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        return LoweredGate(GateCode.ZERO)
 
     def __call__(self, drift: Tensor, site: Site) -> Gated:
         """``value = 0``."""
@@ -214,14 +223,21 @@ class AggregateGate:
 
     def __call__(self, drift: Tensor, site: Site) -> Gated:
         """Gate each channel with its own budget; a single channel by the sign of its drift."""
-        contexts = drift.shape[-1]
-        pairs = self.budget.resolve(site.stratum, site.names, contexts).to(drift.device)
-        count = site.count
-        if not isinstance(self.rollback, str):
-            count = torch.full_like(count, self.rollback)
+        pairs, count = self.numbers(site, drift.shape[-1])
         if drift.shape[0] == 2:
             return aggregate_gate(drift, pairs, count)
         return aggregate_gate(drift, torch.where(drift >= 0, pairs[:1], pairs[1:]), count)
+
+    def numbers(self, site: Site, contexts: int) -> tuple[Tensor, Tensor]:
+        """Budgets ``[2, contexts]`` and ``k`` ``[contexts]`` at a site."""
+        pairs = self.budget.resolve(site.stratum, site.names, contexts).to(site.count.device)
+        if isinstance(self.rollback, str):
+            return pairs, site.count
+        return pairs, torch.full_like(site.count, self.rollback)
+
+    def lowered(self) -> LoweredGate:
+        """For the fused backends; the numbers are those of `numbers`."""
+        return LoweredGate(GateCode.AGGREGATE)
 
 
 @dataclass(frozen=True)
@@ -237,6 +253,10 @@ class LogClip:
     def __call__(self, drift: Tensor, site: Site) -> Gated:
         """Clip every channel."""
         return log_clip(drift, self.epsilon)
+
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        return LoweredGate(GateCode.CLIP, (-self.epsilon, self.epsilon) * 2)
 
 
 @dataclass(frozen=True)
@@ -275,16 +295,22 @@ class RatioClip:
 
     def __call__(self, drift: Tensor, site: Site) -> Gated:
         """Clip the log ratio."""
-        low = torch.full_like(drift, math.log1p(-self.epsilon))
-        high = torch.full_like(drift, math.log1p(self.epsilon_high or self.epsilon))
-        if self.sign_aware:
-            if site.advantage_sign is None:
-                raise ObjectiveError("a sign-aware clip needs the sign of the advantages")
-            negative = site.advantage_sign < 0
-            top = math.inf if self.dual_clip is None else math.log(self.dual_clip)
-            low = torch.where(negative, low, -math.inf)
-            high = torch.where(negative, top, high)
-        return ratio_clip(drift, low, high)
+        low_negative, high_negative, low, high = self.lowered().numbers
+        if not self.sign_aware:
+            return ratio_clip(drift, low, high)
+        if site.advantage_sign is None:
+            raise ObjectiveError("a sign-aware clip needs the sign of the advantages")
+        negative, bound = site.advantage_sign < 0, torch.zeros_like(drift)
+        lower = torch.where(negative, bound + low_negative, low)
+        return ratio_clip(drift, lower, torch.where(negative, bound + high_negative, high))
+
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        low, high = math.log1p(-self.epsilon), math.log1p(self.epsilon_high or self.epsilon)
+        if not self.sign_aware:
+            return LoweredGate(GateCode.CLIP, (low, high, low, high))
+        top = math.inf if self.dual_clip is None else math.log(self.dual_clip)
+        return LoweredGate(GateCode.CLIP, (low, top, -math.inf, high))
 
 
 @dataclass(frozen=True)
@@ -309,3 +335,7 @@ class BudgetClip:
         if site.total is None or site.multiplicity is None:
             raise ObjectiveError("BudgetClip stands at the token stratum only")
         return budget_clip(drift, site.total, site.multiplicity, self.radius)
+
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        return LoweredGate(GateCode.BUDGET, (self.radius,))

@@ -102,19 +102,25 @@ class GateMap:
             **more,
         )
 
-    def __call__(self, batch: RatioBatch, layout: Layout | None = None) -> GatedRatio:
+    def __call__(
+        self,
+        batch: RatioBatch,
+        layout: Layout | None = None,
+        mean: Float[Tensor, "channels C"] | None = None,
+    ) -> GatedRatio:
         """Gate all ratios of a batch; differentiable through ``batch.log_probs``.
 
         Args:
             batch: the tokens.
             layout: `lay_out` of the same tokens, over all ranks; by default of this process alone.
+            mean: the aggregates of the contexts where they are known (nothing is exchanged then).
 
         Raises:
             StrataError: if the batch lacks a stratum, or its labels do not nest.
             BudgetError: if a context has no budget.
         """
         layout = self.lay_out(batch) if layout is None else layout
-        log_ratio = batch.log_ratio.double()
+        log_ratio = batch.log_probs.double() - batch.old_log_probs.double()
         sign = torch.sign(batch.advantages)
         one = torch.ones(1, dtype=torch.float64, device=batch.device)
         first = self.first(self.chart.decompose(log_ratio), Site("token", one, advantage_sign=sign))
@@ -127,8 +133,9 @@ class GateMap:
                 gated_token,
             )  # fmt: skip
         strata = at.strata
-        sums = strata.push_up(strata.leaf_segments.rows(at.omega * drift))
-        mean = at.match.merge(sums) / at.mass
+        if mean is None:
+            sums = strata.push_up(strata.leaf_segments.rows(at.omega * drift))
+            mean = at.match.merge(sums) / at.mass
         residual = mean - strata.of_parent(mean)
         gated = self._gate_contexts(residual, at)
         token_drift = drift - strata.at_tokens(mean)
@@ -166,7 +173,8 @@ class GateMap:
             if layout.states is not None:
                 states = layout.states.strata
                 total = layout.states.match.merge(states.leaf_segments.rows(total))
-                total, multiplicity = states.at_tokens(total), layout.states.multiplicity
+                total = states.at_tokens(total)
+                multiplicity = states.at_tokens(layout.states.count[None])
         one = torch.ones(1, dtype=torch.float64, device=drift.device)
         site = Site("token", one, advantage_sign=sign, total=total, multiplicity=multiplicity)
         return self.token(drift, site)

@@ -90,7 +90,7 @@ def as_mask(mask: Tensor) -> Tensor:
 
 
 def packed_advantages(advantages: Any, tokens: int, lengths: Tensor) -> Tensor:
-    """One advantage a token, from one a token or one a trajectory."""
+    """One advantage a token, or one for each row that has a token."""
     advantages = _tensor("advantages", advantages)
     if tuple(advantages.shape) not in {(tokens,), (len(lengths),)}:
         raise ShapeError(
@@ -100,7 +100,7 @@ def packed_advantages(advantages: Any, tokens: int, lengths: Tensor) -> Tensor:
     if len(lengths) != tokens:
         if len(advantages) == tokens:
             return advantages
-        return torch.repeat_interleave(advantages.to(lengths.device), lengths)
+        return advantages.to(lengths.device)[lengths > 0]
     if bool((lengths == 0).any()):
         raise ShapeError(
             f"{tokens} advantages for {tokens} tokens in {len(lengths)} trajectories, some of them "
@@ -110,15 +110,16 @@ def packed_advantages(advantages: Any, tokens: int, lengths: Tensor) -> Tensor:
     return advantages
 
 
-def padded_advantages(advantages: Any, shape: tuple[int, ...]) -> Tensor:
-    """``[B, T]``, from that or ``[B]``."""
+def padded_advantages(advantages: Any, shape: tuple[int, ...], mask: Tensor) -> Tensor:
+    """One advantage a loss token, or one for each row that has one."""
     advantages = _tensor("advantages", advantages)
     if tuple(advantages.shape) not in {shape, shape[:1]}:
         raise ShapeError(
             f"advantages has shape {tuple(advantages.shape)}; pass [B] = {shape[:1]} or "
             f"[B, T] = {shape}"
         )
-    return advantages if advantages.ndim == 2 else advantages[:, None].expand(shape)
+    advantages = advantages.to(mask.device)
+    return advantages[mask] if advantages.ndim == 2 else advantages[mask.any(1)]
 
 
 def widen(name: str, tensor: Tensor) -> Tensor:

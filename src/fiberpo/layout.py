@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -27,17 +28,22 @@ class ContextLayout:
     Attributes:
         strata: the forest.
         match: the contexts that other ranks hold too.
-        omega: ``[N]`` measure of each token, float64.
+        segment_omega: ``[S]`` measure of each token of a segment, float64.
         mass, count: ``[C]`` summed measure and token count below each context, over all ranks.
         advantage_sign: ``[C]`` sign of the advantage summed below each context, where a gate asks.
     """
 
     strata: Strata
     match: Match
-    omega: Float[Tensor, " N"]
+    segment_omega: Float[Tensor, " S"]
     mass: Float[Tensor, " C"]
     count: Float[Tensor, " C"]
     advantage_sign: Float[Tensor, " C"] | None = None
+
+    @cached_property
+    def omega(self) -> Float[Tensor, " N"]:
+        """Measure of each token."""
+        return torch.repeat_interleave(self.segment_omega, self.strata.segment_lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +53,12 @@ class StateLayout:
     Attributes:
         strata: states as a forest of roots.
         match: the states that other ranks hold too.
-        multiplicity: ``[N]`` tokens in the state of each token, over all ranks.
+        count: ``[states]`` tokens in each state, over all ranks, float64.
     """
 
     strata: Strata
     match: Match
-    multiplicity: Float[Tensor, " N"]
+    count: Float[Tensor, " states"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,22 +104,30 @@ def lay_out(
         if warn and collective.size == 1:
             _warn_if_idle(strata)  # across ranks a context may have other children elsewhere
         match = _match(strata, collective)
-        ones = torch.ones(len(batch), dtype=torch.float64, device=batch.device)
-        omega = ones
+        tokens = strata.segment_lengths.double()
+        omega = torch.ones_like(tokens)
         if measure == "trajectory":
-            omega = (1.0 / batch.trajectory_lengths)[batch.trajectory]
-        rows = [omega, ones, *([batch.advantages.double()] if needs_advantage else [])]
-        sums = strata.push_up(strata.leaf_segments.rows(torch.stack(rows)))
-        mass, count, *advantage = match.merge(sums)
+            omega = 1.0 / strata.of_rows(batch.of_rows(batch.trajectory_lengths))
+        rows = [omega * tokens, tokens]
+        if needs_advantage:
+            rows.append(_summed_advantages(batch, strata))
+        mass, count, *advantage = match.merge(strata.push_segments(torch.stack(rows)))
         sign = torch.sign(advantage[0]) if advantage else None
         contexts = ContextLayout(strata, match, omega, mass, count, sign)
     if states is not None and states in batch.labels:
         strata = batch.strata([states])
         match = _match(strata, collective)
-        ones = torch.ones(1, len(batch), dtype=torch.float64, device=batch.device)
-        counts = match.merge(strata.leaf_segments.rows(ones))
-        shared = StateLayout(strata, match, strata.at_tokens(counts)[0])
+        counts = match.merge(strata.push_segments(strata.segment_lengths.double()[None]))
+        shared = StateLayout(strata, match, counts[0])
     return Layout(contexts, shared)
+
+
+def _summed_advantages(batch: RatioBatch, strata: Strata) -> Tensor:
+    """Over each segment; float64."""
+    values, lengths = batch.given_advantages.double(), strata.segment_lengths
+    if batch.by_row:
+        return strata.of_rows(values) * lengths
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
 def _match(strata: Strata, collective: Collective) -> Match:

@@ -20,13 +20,17 @@ from torch import Tensor
 
 from .acceptance import acceptance
 from .batch import RatioBatch
-from .collective import LOCAL, Collective
+from .collective import LOCAL, Collective, Match
 from .errors import ObjectiveError
 from .gates import BudgetClip, Regime
 from .gating import GatedRatio, GateMap
 from .layout import Layout
+from .lowering import cannot_lower, lower
 from .masks import Renormalised, SequenceMask, certainty_of
 from .measurement import measure
+from .ops.dispatch import REFERENCE, choose, resolve
+from .ops.plan import GatePlan, Merge
+from .ops.segments import Segments
 from .statistics import Statistics
 from .weights import Denominators, Weights
 
@@ -86,7 +90,7 @@ class Objective:
         *,
         denominators: Denominators | None = None,
         collective: Collective = LOCAL,
-        mu: Float[Tensor, " N"] | None = None,
+        mu: Float[Tensor, "..."] | None = None,
     ) -> Plan:
         """What does not depend on the log-probs: contexts, denominators, weights.
 
@@ -95,15 +99,15 @@ class Objective:
 
         Args:
             batch, denominators, collective: as in `__call__`.
-            mu: weights that are already known (of a part of a larger batch).
+            mu: weights that are already known (of a part of a larger batch), ``[N]`` or ``[rows]``.
         """
         if denominators is not None:
             self._check_parts(batch)
         batch = batch.joined(collective)
         layout = self.gate_map.lay_out(batch, collective, warn=mu is None)
         if mu is None:
-            mu = self.weights(batch, denominators, collective)
-        return Plan(layout, mu, collective, batch)
+            mu = self.weights.shares(batch, denominators, collective)
+        return Plan(self.gate_map, layout, mu, collective, batch)
 
     def __call__(
         self,
@@ -113,6 +117,7 @@ class Objective:
         collective: Collective = LOCAL,
         plan: Plan | None = None,
         gradient: GradientForm = "closed_form",
+        backend: str = "auto",
     ) -> Surrogate:
         """Evaluate on a batch.
 
@@ -123,6 +128,9 @@ class Objective:
             collective: where the other parts of the batch are; every rank calls together.
             plan: `plan` of the same tokens, in place of the two arguments above.
             gradient: ``"closed_form"`` (O(N), default) or ``"autograd"`` through the gates; equal.
+            backend: what evaluates the closed form (`fiberpo.ops.dispatch`): ``"auto"``,
+                ``"cpu"``, ``"triton"``, ``"torch"``, or ``"reference"``, the gate classes
+                themselves in float64. All but ``"auto"`` serve or raise.
 
         Returns:
             `Surrogate`; ``loss.backward()`` sends the exact gradient into ``batch.log_probs``.
@@ -131,32 +139,71 @@ class Objective:
             plan = self.plan(batch, denominators=denominators, collective=collective)
         batch = plan.adopt(batch)
         with torch.no_grad():
-            weight, kept = plan.mu * batch.advantages.double(), None
-            if self.mask is not None:
-                kept = self.mask(batch)
-                weight = weight * kept[batch.trajectory]
-                if isinstance(self.mask, Renormalised):
-                    weight *= self.mask.scale(plan.mu, kept[batch.trajectory], plan.collective)
-            for factor in self.factors:
-                weight = weight * factor(batch)
-        if gradient == "autograd":
-            if plan.collective.size > 1:
-                raise ObjectiveError(
-                    f"gradient='autograd' sees one process, but the batch is spread over "
-                    f"{plan.collective.size}; use the closed form"
-                )
-            gated = self.gate_map(batch, plan.layout)
-            loss = -gated.objective(weight)
-            coefficients = gated.pullback(weight)
-        elif gradient == "closed_form":
+            scale, kept = self._scale(plan, batch)
+        if gradient == "closed_form":
+            return self._closed_form(plan, batch, scale, kept, backend)
+        if gradient != "autograd":
+            raise ObjectiveError(f"gradient is {gradient!r}; use 'closed_form' or 'autograd'")
+        if plan.collective.size > 1:
+            raise ObjectiveError(
+                f"gradient='autograd' sees one process, but the batch is spread over "
+                f"{plan.collective.size}; use the closed form"
+            )
+        if backend not in ("auto", REFERENCE):
+            raise ObjectiveError(
+                f"gradient='autograd' goes through the gate classes, not through {backend!r}"
+            )
+        gated = self.gate_map(batch, plan.layout)
+        weight = batch.spread(scale) * batch.advantages.double()
+        loss, minus = -gated.objective(weight), -gated.pullback(weight)
+        return Surrogate(self, batch, loss, minus, plan, scale, kept, _gated=gated)
+
+    def _closed_form(
+        self, plan: Plan, batch: RatioBatch, scale: Tensor, kept: Tensor | None, backend: str
+    ) -> Surrogate:
+        backend = resolve(backend)
+        reasons = [] if backend == REFERENCE else cannot_lower(self.gate_map, plan.layout)
+        if reasons and backend != "auto":
+            raise ObjectiveError(
+                f"backend={backend!r} cannot serve {self.name}: {'; '.join(reasons)}. Use "
+                "backend='reference' or 'auto'."
+            )
+        if reasons or backend == REFERENCE:
             with torch.no_grad():
                 gated = self.gate_map(batch, plan.layout)
-                value = -gated.objective(weight)
-                coefficients = gated.pullback(weight)
-            loss = _Linear.apply(batch.log_probs, value, -coefficients.to(batch.log_probs.dtype))
-        else:
-            raise ObjectiveError(f"gradient is {gradient!r}; use 'closed_form' or 'autograd'")
-        return Surrogate(self, batch, loss, coefficients, gated, weight, kept)
+                weight = batch.spread(scale) * batch.advantages.double()
+                value, minus = -gated.objective(weight), -gated.pullback(weight)
+            loss = _Linear.apply(batch.log_probs, value, minus.to(batch.log_probs.dtype))
+            return Surrogate(self, batch, loss, minus, plan, scale, kept, _gated=gated)
+        lowered, layout = plan.lowered, plan.layout
+        found = choose(backend, lowered, batch.log_probs).evaluate(
+            lowered,
+            batch.log_probs.detach().contiguous(),
+            batch.old_log_probs.contiguous(),
+            plan.of_segments(batch.given_advantages),
+            plan.of_segments(scale),
+            None if layout.contexts is None else _merge(layout.contexts.match),
+        )
+        loss = _Linear.apply(batch.log_probs, -found.value, found.gradient)
+        return Surrogate(
+            self, batch, loss, found.gradient, plan, scale, kept,
+            _mean=found.mean, _segment_values=-found.segment_values,
+        )  # fmt: skip
+
+    def _scale(self, plan: Plan, batch: RatioBatch) -> tuple[Tensor, Tensor | None]:
+        """``mu M`` times the factors, ``[rows]`` or ``[N]``, and what the mask keeps."""
+        scale, kept = plan.shares, None
+        if self.mask is not None:
+            kept = self.mask(batch)
+            if len(scale) == batch.rows:
+                scale = scale * batch.of_rows(kept)
+            else:
+                scale = scale * kept[batch.trajectory]
+            if isinstance(self.mask, Renormalised):
+                scale = scale * self.mask.scale(plan.mu, kept[batch.trajectory], plan.collective)
+        for factor in self.factors:
+            scale = batch.spread(scale) * factor(batch)
+        return scale, kept
 
     @property
     def by_trajectory(self) -> bool:
@@ -186,21 +233,43 @@ class Objective:
         return f"{self.name}({inside})"
 
 
+def _merge(match: Match) -> Merge | None:
+    return None if match is LOCAL else match.merge
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Contexts and weights of the tokens of one optimizer batch (see `Objective.plan`).
 
     Attributes:
+        gate_map: whose contexts.
         layout: contexts, masses and counts over all ranks.
-        mu: ``[N]`` float64 aggregation weights ``mu_i``.
+        shares: aggregation weight of a token, ``[rows]`` or ``[N]`` float64; see `mu`.
         collective: the ranks.
         batch: the tokens.
     """
 
+    gate_map: GateMap
     layout: Layout
-    mu: Float[Tensor, " N"]
+    shares: Float[Tensor, "..."]
     collective: Collective
     batch: RatioBatch
+
+    @cached_property
+    def mu(self) -> Float[Tensor, " N"]:
+        """Aggregation weight ``mu_i`` of every token, float64."""
+        return self.batch.spread(self.shares)
+
+    @cached_property
+    def lowered(self) -> GatePlan:
+        """For the fused backends."""
+        return lower(self.gate_map, self.layout, self.batch)
+
+    def of_segments(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Values of rows as values of segments; those of tokens as they are."""
+        at = self.layout.contexts
+        by_row = at is not None and len(values) == self.batch.rows
+        return at.strata.of_rows(values) if at is not None and by_row else values
 
     def adopt(self, batch: RatioBatch) -> RatioBatch:
         """``batch``, known to have the tokens of this plan.
@@ -223,20 +292,44 @@ class Surrogate:
 
     Attributes:
         loss: scalar to minimise, ``-J`` (of this rank's tokens, over the global denominators).
-        coefficients: ``[N]`` float64, ``dJ/d log_probs`` without graph. The backward of
-            ``-(coefficients * log_probs).sum()`` is the exact gradient of the loss.
-        gated: the gated batch with all pieces.
-        weight: ``[N]`` float64, ``mu_i M_i A_i``, times the factors of the tokens.
+        gradient: ``[N]``, ``d loss / d log_probs`` without graph, in the dtype of the log-probs
+            (float64 from the reference).
+        plan: contexts and aggregation weights.
+        scale: ``mu_i M_i`` times the factors of the tokens, ``[rows]`` or ``[N]`` float64.
         kept: what the mask says of each trajectory, or None.
     """
 
     objective: Objective
     batch: RatioBatch
     loss: Float[Tensor, ""]
-    coefficients: Float[Tensor, " N"]
-    gated: GatedRatio
-    weight: Float[Tensor, " N"]
+    gradient: Float[Tensor, " N"]
+    plan: Plan
+    scale: Float[Tensor, "..."]
     kept: Bool[Tensor, " trajectories"] | None = None
+    _gated: GatedRatio | None = field(default=None, repr=False)
+    _mean: Tensor | None = field(default=None, repr=False)
+    _segment_values: Tensor | None = field(default=None, repr=False)
+
+    @cached_property
+    def coefficients(self) -> Float[Tensor, " N"]:
+        """``dJ/d log_probs`` without graph, float64.
+
+        The backward of ``-(coefficients * log_probs).sum()`` is the exact gradient of the loss.
+        """
+        return -self.gradient.double()
+
+    @cached_property
+    def weight(self) -> Float[Tensor, " N"]:
+        """``mu_i M_i A_i`` times the factors of the tokens, float64."""
+        return self.batch.spread(self.scale) * self.batch.advantages.double()
+
+    @cached_property
+    @torch.no_grad()
+    def gated(self) -> GatedRatio:
+        """The gated batch with all pieces; evaluated when it is first looked at."""
+        if self._gated is not None:
+            return self._gated
+        return self.objective.gate_map(self.batch, self.plan.layout, self._mean)
 
     @property
     def log_gated_ratio(self) -> Float[Tensor, " N"]:
@@ -247,6 +340,15 @@ class Surrogate:
     def values(self) -> Float[Tensor, " N"]:
         """``[N]`` float64, each token's share ``-mu_i M_i G_i A_i`` of the loss."""
         return -self.gated.terms(self.weight)
+
+    def loss_of_rows(self) -> Float[Tensor, " rows"]:
+        """Each row's share of the loss, float64."""
+        if self._segment_values is None:
+            return Segments(self.batch.row, self.batch.rows).sum(self.values)
+        at = self.plan.layout.contexts
+        if at is None or at.strata.segment_row is None:
+            return self._segment_values
+        return Segments(at.strata.segment_row, self.batch.rows).sum(self._segment_values)
 
     @cached_property
     def regimes(self) -> dict[str, Int8[Tensor, "channels contexts"]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .budgets import check_positive
 from .errors import ObjectiveError
 from .gates import Gated, Regime, Site, ratio_clip
+from .ops.plan import GateCode, LoweredGate
 
 
 def _sign(site: Site, gate: str) -> Tensor:
@@ -50,8 +51,13 @@ class WeightClip:
 
     def __call__(self, drift: Tensor, site: Site) -> Gated:
         """Clip the log ratio."""
+        _, _, low, high = self.lowered().numbers
+        return ratio_clip(drift, low, high)
+
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
         low = -math.inf if self.epsilon_low is None else math.log1p(-self.epsilon_low)
-        return ratio_clip(drift, low, math.log1p(self.epsilon_high))
+        return LoweredGate(GateCode.CLIP, (low, math.log1p(self.epsilon_high)) * 2)
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,18 @@ class SignedLogClip:
     def __call__(self, drift: Tensor, site: Site) -> Gated:
         """Clip every channel."""
         negative = _sign(site, "SignedLogClip") < 0
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        low = torch.full_like(drift, -self.epsilon)
+        low, _, _, high = self.lowered().numbers
+        bound = torch.zeros_like(drift)
         return ratio_clip(
             drift,
-            torch.where(negative, low, -math.inf),
-            torch.where(negative, math.inf, torch.full_like(drift, high)),
+            torch.where(negative, bound + low, -math.inf),
+            torch.where(negative, math.inf, bound + high),
         )
+
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return LoweredGate(GateCode.CLIP, (-self.epsilon, math.inf, -math.inf, high))
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,10 @@ class SoftGate:
         regime = torch.full_like(slope, Regime.PASS.value).to(torch.int8)
         return Gated(value, slope, regime)
 
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        return LoweredGate(GateCode.SOFT, (self.tau_pos, self.tau_neg))
+
 
 @dataclass(frozen=True)
 class QuadraticGate:
@@ -136,6 +151,10 @@ class QuadraticGate:
         bend = _sign(site, "QuadraticGate").to(drift.dtype) / self.epsilon
         bent = torch.where(bend == 0, 0.0, bend * drift)  # a deviation may be infinite
         return _by_slope(drift * (1 - bent / 2), 1 - bent)
+
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        return LoweredGate(GateCode.QUADRATIC, (self.epsilon,))
 
 
 @dataclass(frozen=True)
@@ -167,6 +186,10 @@ class RollbackClip:
         value = torch.where(beyond, turn - self.alpha * drift, drift)
         return _by_slope(value, torch.where(beyond, -self.alpha, torch.ones_like(drift)))
 
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        return LoweredGate(GateCode.ROLLBACK, (self.epsilon, self.alpha))
+
 
 @dataclass(frozen=True)
 class Taper:
@@ -183,3 +206,7 @@ class Taper:
         passing = (_sign(site, "Taper") < 0) & (drift <= 0)
         value = torch.where(passing, site.count * drift, torch.zeros_like(drift))
         return _by_slope(value, torch.where(passing, site.count, torch.zeros_like(drift)))
+
+    def lowered(self) -> LoweredGate:
+        """For the fused backends."""
+        return LoweredGate(GateCode.TAPER)

@@ -33,7 +33,10 @@ class Strata:
         parent: ``[C]`` index of the parent context, `NO_PARENT` for roots; always smaller than the
             context's own index.
         bounds: contexts ``bounds[k]`` to ``bounds[k + 1]`` belong to stratum ``names[k]``.
-        leaf: ``[N]`` finest context of every token.
+        segment_leaf: ``[S]`` finest context of every segment; a segment is a run of tokens of one
+            row with one leaf.
+        segment_lengths: ``[S]`` tokens of every segment, in the order of the tokens.
+        segment_row: ``[S]`` row of every segment; None where the segments are the rows.
         context_names: per stratum, what its contexts are called.
         shared: per stratum, whether its contexts can also have tokens in other batches of the same
             optimizer step (other ranks). Trajectories, and what lies below them, only where the
@@ -45,7 +48,9 @@ class Strata:
     names: tuple[str, ...]
     parent: Int[Tensor, " C"]
     bounds: tuple[int, ...]
-    leaf: Int[Tensor, " N"]
+    segment_leaf: Int[Tensor, " S"]
+    segment_lengths: Int[Tensor, " S"]
+    segment_row: Int[Tensor, " S"] | None = None
     context_names: tuple[ContextNames, ...] = field(default=(), repr=False)
     shared: tuple[bool, ...] = ()
 
@@ -61,6 +66,19 @@ class Strata:
         """Index into ``names`` of every context."""
         sizes = torch.tensor(self.bounds).diff().to(self.parent.device)
         return torch.repeat_interleave(torch.arange(len(self.names)).to(sizes.device), sizes)
+
+    @cached_property
+    def leaf(self) -> Int[Tensor, " N"]:
+        """Finest context of every token."""
+        return torch.repeat_interleave(self.segment_leaf, self.segment_lengths)
+
+    def of_rows(self, values: Float[Tensor, " rows"]) -> Float[Tensor, " S"]:
+        """``values`` of the row of each segment."""
+        return values if self.segment_row is None else values[self.segment_row]
+
+    def push_segments(self, sums: Float[Tensor, "rows S"]) -> Float[Tensor, "rows C"]:
+        """Sums over everything below each context, from the sums over the segments."""
+        return self.push_up(Segments(self.segment_leaf, len(self)).rows(sums))
 
     @cached_property
     def leaf_segments(self) -> Segments:
@@ -162,10 +180,9 @@ class Strata:
 
         Their gates are valid and cannot act (one group a domain, one trajectory a group, ...).
         """
-        if not len(self.leaf):
+        if not len(self.segment_leaf):
             return ()
-        ones = self.leaf_segments.sum(torch.ones(len(self.leaf), device=self.leaf.device))[None]
-        tokens = self.push_up(ones)
+        tokens = self.push_segments(self.segment_lengths.double()[None])
         only = (tokens == self.of_parent(tokens))[0]
         return tuple(
             name for k, name in enumerate(self.names) if k and bool(only[self.level(k)].all())
@@ -182,24 +199,26 @@ def build(names: Sequence[str], labels: dict[str, Label], lengths: Int[Tensor, "
         StrataError: if a name has no label, if a context lies in two parents, or if a token has
             no context at all.
     """
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    rows = _Rows(lengths)
     levels: list[_Level] = []
     here = torch.full((len(lengths),), Strata.NO_PARENT, device=lengths.device)
+    per_token = False
     for name in names:
-        level = _level(name, labels, row, len(lengths))
-        if level.per_token and len(here) != len(row):
-            here = here[row]
-        elif len(level.codes) != len(here):
-            level = replace(level, codes=level.codes[row])
+        level = _level(name, labels, rows)
+        if level.per_token and not per_token:
+            here, per_token = here[rows.of_tokens], True
+        elif per_token and not level.per_token:
+            level = replace(level, codes=level.codes[rows.of_tokens])
         start = sum(len(above.parent) for above in levels)
         level = replace(level, parent=_parent_of(level, here, [*levels, level]))
         here = torch.where(level.codes >= 0, start + level.codes, here)
         levels.append(level)
-    leaf = here if len(here) == len(row) else here[row]
-    if len(leaf) and bool((leaf == Strata.NO_PARENT).any()):
-        token = int((leaf == Strata.NO_PARENT).nonzero()[0])
+    bare = here == Strata.NO_PARENT
+    if bool(bare.any()):
+        token = int((bare if per_token else bare[rows.of_tokens]).nonzero()[0])
+        row = int(rows.of_tokens[token])
         raise StrataError(
-            f"token {token} (trajectory {int(row[token])}) belongs to no context of the strata "
+            f"token {token} (trajectory {row}) belongs to no context of the strata "
             f"{tuple(names)}: every one of its labels is absent. Give it a label in one of them."
         )
     bounds = [0]
@@ -209,7 +228,7 @@ def build(names: Sequence[str], labels: dict[str, Label], lengths: Int[Tensor, "
         names=tuple(names),
         parent=torch.cat([level.parent for level in levels]),
         bounds=tuple(bounds),
-        leaf=leaf,
+        **(rows.runs(here) if per_token else {"segment_leaf": here, "segment_lengths": lengths}),
         context_names=tuple(level.called for level in levels),
         shared=tuple(level.shared for level in levels),
     )
@@ -227,12 +246,40 @@ class _Level:
     called: ContextNames
 
 
-def _level(name: str, labels: dict[str, Label], row: Tensor, rows: int) -> _Level:
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of a batch by their token counts."""
+
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def of_tokens(self) -> Tensor:
+        """Row of each token."""
+        return torch.repeat_interleave(self.index, self.lengths)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """0, 1, 2, ..."""
+        return torch.arange(len(self.lengths), device=self.lengths.device)
+
+    def runs(self, leaf: Tensor) -> dict[str, Tensor]:
+        """Runs of tokens with one row and one leaf."""
+        row = self.of_tokens
+        begins = torch.ones_like(row, dtype=torch.bool)
+        begins[1:] = (row[1:] != row[:-1]) | (leaf[1:] != leaf[:-1])
+        first = begins.nonzero()[:, 0]
+        lengths = torch.cat([first[1:], first.new_tensor([len(row)])])[: len(first)] - first
+        return {"segment_leaf": leaf[first], "segment_lengths": lengths, "segment_row": row[first]}
+
+
+def _level(name: str, labels: dict[str, Label], rows: _Rows) -> _Level:
     """The contexts of one stratum, not yet hung on their parents."""
     pieces = labels.get("trajectory")
     if name == "trajectory" and pieces is None:
-        codes = torch.arange(rows, device=row.device)
-        called = ContextNames(count=rows)
+        codes, called = rows.index, ContextNames(count=len(rows))
         return _Level(name, codes, codes, per_token=False, shared=False, called=called)
     if name not in labels:
         raise StrataError(
@@ -243,11 +290,11 @@ def _level(name: str, labels: dict[str, Label], row: Tensor, rows: int) -> _Leve
         )
     label = labels[name]
     if not label.per_token or name in GLOBAL_TOKEN_LEVEL:
-        slots = torch.arange(label.count, device=row.device)
+        slots = torch.arange(label.count, device=rows.lengths.device)
         called = ContextNames(label)
         return _Level(name, label.codes, slots, label.per_token, shared=True, called=called)
     # ids below the trajectory are local to it: turn 0 of one trajectory is not turn 0 of another
-    trajectory = row if pieces is None else pieces.codes[row]
+    trajectory = rows.of_tokens if pieces is None else pieces.codes[rows.of_tokens]
     combined = torch.where(label.codes >= 0, trajectory * label.count + label.codes, -1)
     distinct, codes = torch.unique(combined, return_inverse=True)
     if len(distinct) and bool(distinct[0] == -1):

@@ -293,7 +293,7 @@ def _in_pieces(batch: RatioBatch, below: Callable[..., Tensor]) -> RatioBatch:
         labels["trajectory"] = Label("trajectory", index, ids, per_token=False)
     return replace(
         batch, lengths=torch.tensor(lengths, device=batch.device), labels=labels, mask=None,
-        _strata={},
+        given_advantages=batch.advantages, _strata={},
     )  # fmt: skip
 
 

@@ -147,7 +147,16 @@ class Weights:
         denominators: Denominators | None = None,
         collective: Collective = LOCAL,
     ) -> Float[Tensor, " N"]:
-        """``mu_i`` of every token, float64.
+        """``mu_i`` of every token, float64. Arguments as in `shares`."""
+        return batch.spread(self.shares(batch, denominators, collective))
+
+    def shares(
+        self,
+        batch: RatioBatch,
+        denominators: Denominators | None = None,
+        collective: Collective = LOCAL,
+    ) -> Float[Tensor, "..."]:
+        """``mu`` of a token of each row, ``[rows]``, or, where it differs in a row, ``[N]``.
 
         Args:
             batch: the tokens.
@@ -162,14 +171,14 @@ class Weights:
         else:
             whole = torch.tensor([denominators.tokens, denominators.trajectories])
             tokens, trajectories = whole.double().to(device)
-        one = torch.ones(len(batch), dtype=torch.float64, device=device)
+        one = torch.ones(batch.rows, dtype=torch.float64, device=device)
         if self.kind == "token_mean":
             return one / tokens
         if self.kind == "trajectory_sum":
             return one / trajectories
         if self.kind == "constant":
             return one / (trajectories * self.length)
-        return 1.0 / (trajectories * batch.trajectory_lengths)[batch.trajectory]
+        return 1.0 / (trajectories * batch.of_rows(batch.trajectory_lengths))
 
     def _stratum_mean(
         self, batch: RatioBatch, denominators: Denominators | None, collective: Collective
@@ -181,13 +190,16 @@ class Weights:
                 "trajectory counts alone; pass the whole batch, or a collective"
             )
         strata = batch.strata([self.stratum])
-        one = torch.ones(len(batch), dtype=torch.float64, device=batch.device)
-        count = strata.leaf_segments.sum(one)[None]
+        lengths = strata.segment_lengths.double()
+        count = strata.push_segments(lengths[None])
         if collective.size > 1:
             count = collective.match(strata).merge(count)
-        share = 1.0 / count[0][strata.leaf]
+        share = 1.0 / count[0][strata.segment_leaf]
         # a context has shares that add up to 1 over all ranks, so their sum counts the contexts
-        return share / collective.total(share.sum())
+        share = share / collective.total((share * lengths).sum())
+        if strata.segment_row is None:
+            return share
+        return torch.repeat_interleave(share, strata.segment_lengths)
 
 
 def _counts(batch: RatioBatch, collective: Collective) -> Float[Tensor, "2"]:
