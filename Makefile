@@ -81,9 +81,15 @@ types: install
 
 check: lint types test
 
-bench: install
+# Liger, which one row is compared with; it brings triton
+$(VENV)/.bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	touch $@
+
+bench: $(VENV)/.bench
 	$(RUN) benchmarks/objectives.py
 	$(RUN) benchmarks/scale.py
+	$(RUN) benchmarks/linear_logprob.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-deepspeed $(VERL_VENV) runs .pytest_cache .mypy_cache .ruff_cache \

@@ -31,6 +31,7 @@ _EXPORTS = {
     "Certainty": "divergence", "TokenDivergence": "divergence", "full_divergence": "divergence",
     "top_k_divergence": "divergence",
     "Statistics": "statistics", "Objective": "objective", "Surrogate": "objective",
+    "linear_logprob": "ops.linear",
     "Local": "collective", "TorchGroup": "collective", "citation": "citations",
     "FiberPOError": "errors", "ShapeError": "errors", "NonFiniteError": "errors",
     "EmptyBatchError": "errors", "StrataError": "errors", "BudgetError": "errors",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .masks import SequenceMask as SequenceMask
     from .objective import Objective as Objective
     from .objective import Surrogate as Surrogate
+    from .ops.linear import linear_logprob as linear_logprob
     from .statistics import Statistics as Statistics
     from .strata import Strata as Strata
     from .weights import Denominators as Denominators

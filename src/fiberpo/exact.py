@@ -257,6 +257,15 @@ class Window:
         if not self._approximate:
             self.surrogates = [surrogate]
 
+    def coefficients(self, k: int) -> Float[Tensor, " N_k"] | None:
+        """``dJ / d log_probs`` of part ``k`` where that is known before its forward, else None.
+
+        It is in the routes ``fresh`` and ``two-phase`` (after `fill`); `fiberpo.linear_logprob`
+        then takes three matrix products in place of four.
+        """
+        known = self._coefficients and self.route in (Route.FRESH, Route.TWO_PHASE)
+        return self._coefficients[k] if known else None
+
     def loss(self, k: int, log_probs: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """What to call ``backward`` on for part ``k``.
 
@@ -334,3 +343,49 @@ class Window:
             return None
         apart, size = self.stepper.collective.total(self._error)
         return (apart / size).sqrt() if bool(size > 0) else apart.sqrt()
+
+
+def by_trajectory(
+    objective: Objective, batch: RatioBatch
+) -> Callable[[Tensor, slice], Float[Tensor, " n"]]:
+    """Coefficients of whole trajectories as soon as their own log-probs are known.
+
+    For `fiberpo.linear_logprob` in the mode ``"resident"``: an objective whose Jacobian is
+    block-diagonal over trajectories (FiberPO with trajectory gates alone, GSPO, GRPO, PPO) needs
+    nothing from the others but their number, which is in the weights.
+
+    Args:
+        objective: without a context that can hold several trajectories.
+        batch: all trajectories; its ``log_probs`` are not looked at.
+
+    Returns:
+        ``(log_probs [n], slice of the packed tokens) -> dJ / d log_probs [n]``, float64.
+
+    Raises:
+        ObjectiveError: if trajectories are coupled, naming by what.
+    """
+    window = Window(Stepper(objective), [batch], fresh=False)
+    levels = [zip(x.names, x.shared, strict=True) for x, _ in window._shared()]
+    coupled = [name for level in levels for name, shared in level if shared]
+    if isinstance(objective.mask, Renormalised):
+        coupled.append("the denominator of Renormalised")
+    if coupled:
+        raise ObjectiveError(
+            f"{objective.name} couples trajectories by {coupled}: the coefficients of one are not "
+            "known before the log-probs of the others. Take the two phases of an exact step, or "
+            "mode='two-phase' of linear_logprob"
+        )
+    place = {start: row for row, start in enumerate([0, *batch.lengths.cumsum(0).tolist()])}
+
+    def coefficients(log_probs: Tensor, where: slice) -> Tensor:
+        if where.start not in place or where.stop not in place:
+            raise ObjectiveError(
+                f"tokens {where.start} to {where.stop} are not whole trajectories of the batch; "
+                "pass lengths=batch.lengths"
+            )
+        rows = torch.arange(place[where.start], place[where.stop], device=batch.device)
+        part = batch.select(rows).with_log_probs(log_probs)
+        plan = objective.plan(part, mu=window.weights[0][where])
+        return objective(part, plan=plan).coefficients
+
+    return coefficients

@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from ..errors import ConfigError, DataError
 from ..exact import Stepper, Window
 from ..objective import Objective
 from ..statistics import Statistics
+from . import trl_linear as linear
 from . import trl_masks as masks
 from . import trl_rows as rows
 from .trl_config import FiberPOConfig as FiberPOConfig
@@ -97,6 +99,7 @@ class FiberPOTrainer(GRPOTrainer):
         self._raw_rewards = self._window_rewards = torch.zeros(0)
         super().__init__(model, reward_funcs, args=args, **kwargs)
         check_model(self.model, args)
+        self._head = linear.attach(self)
         self._group: Collective = TorchGroup() if self.accelerator.num_processes > 1 else LOCAL
         self._stepper = Stepper(
             self.objective,
@@ -194,20 +197,18 @@ class FiberPOTrainer(GRPOTrainer):
     # -- loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        log_probs, entropies, aux_loss = self._log_probs(model, inputs, with_extras=True)
-        mask = rows.loss_mask(inputs)
-        assert entropies is not None
         if not self.model.training:
-            self._sums = {}
-            self._count("entropy", entropies[mask])
-            self._log_means("eval")
-            return self._eval_loss(inputs, log_probs.detach())
+            return self._eval_loss(model, inputs)
         place, size = self._place, self.current_gradient_accumulation_steps
         self._place = (place + 1) % size
         if place == 0:
             self.last_window = self._open_window(model, size)
         window = self.last_window
         assert window is not None
+        known = window.coefficients(place) if self.beta == 0.0 else None
+        log_probs, entropies, aux_loss = self._log_probs(model, inputs, True, known)
+        mask = rows.loss_mask(inputs)
+        assert entropies is not None
         loss = window.loss(place, rows.anchored(inputs, log_probs))
         if self.beta != 0.0:
             penalty = self._reference_kl(inputs, log_probs, mask, window.weights[place])
@@ -220,8 +221,13 @@ class FiberPOTrainer(GRPOTrainer):
             self._log_window(window)
         return loss
 
-    def _eval_loss(self, inputs: dict[str, Any], log_probs: Tensor) -> Tensor:
+    def _eval_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The objective on the eval batch of all ranks."""
+        log_probs, entropies, _ = self._log_probs(model, inputs, True)
+        log_probs, self._sums = log_probs.detach(), {}
+        assert entropies is not None
+        self._count("entropy", entropies[rows.loss_mask(inputs)])
+        self._log_means("eval")
         batch = self._batch(inputs, log_probs).with_log_probs(log_probs)
         share = self.objective(batch, collective=self._group).loss
         return self._group.total(share.detach()).to(log_probs.dtype)
@@ -287,24 +293,20 @@ class FiberPOTrainer(GRPOTrainer):
         return (mu * penalty).sum()
 
     def _log_probs(
-        self, model: Any, inputs: dict[str, Any], with_extras: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, model: Any, inputs: dict[str, Any], with_extras: bool = False,
+        known: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        forwarded = (
-            "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask",
-            "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids",
-            "image_position_ids",
-        )  # fmt: skip
-        return self._get_per_token_logps_and_entropies(
-            model,
-            input_ids,
-            attention,
-            inputs["completion_ids"].size(1),
-            compute_entropy=with_extras,
-            compute_aux_loss=with_extras and self.aux_loss_enabled,
-            **{name: inputs[name] for name in forwarded if name in inputs},
-        )
+        mask = rows.loss_mask(inputs)
+        head = self._head.asked(mask, with_extras, known) if self._head else nullcontext()
+        with head:
+            return self._get_per_token_logps_and_entropies(
+                model, input_ids, attention, inputs["completion_ids"].size(1),
+                compute_entropy=with_extras,
+                compute_aux_loss=with_extras and self.aux_loss_enabled,
+                **rows.forwarded(inputs),
+            )  # fmt: skip
 
     # -- logging -----------------------------------------------------------------------------
 

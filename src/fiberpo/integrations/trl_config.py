@@ -45,6 +45,8 @@ class FiberPOConfig(GRPOConfig):
         correction_kwargs: its parameters.
         reward_range: lowest and highest possible reward (weighted sum); with it ``bound/*`` is
             logged.
+        linear_log_probs: log-probs by `fiberpo.linear_logprob`; None: on a CPU, where the output
+            head is a plain linear one with a vocabulary of 4096 or more.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -81,6 +83,10 @@ class FiberPOConfig(GRPOConfig):
     )
     reward_range: list[float] | None = field(
         default=None, metadata={"help": "Lowest and highest reward; logs the bound."}
+    )
+    linear_log_probs: bool | None = field(
+        default=None,
+        metadata={"help": "Log-probs by fiberpo.linear_logprob; None: where it helps."},
     )
 
 

@@ -47,6 +47,15 @@ def loss_mask(inputs: Mapping[str, Any]) -> Tensor:
     return (mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]).bool()
 
 
+def forwarded(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What else goes to the model: images and the like."""
+    names = (
+        "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
+        "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+    )  # fmt: skip
+    return {name: inputs[name] for name in names if name in inputs}
+
+
 def advantages(inputs: Mapping[str, Any]) -> Tensor:
     """Advantages; the engine correction of TRL is an independent factor on them."""
     values, correction = inputs["advantages"], inputs.get("importance_sampling_ratio")
