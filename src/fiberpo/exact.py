@@ -263,8 +263,8 @@ class Window:
         It is in the routes ``fresh`` and ``two-phase`` (after `fill`); `fiberpo.linear_logprob`
         then takes three matrix products in place of four.
         """
-        known = self._coefficients and self.route in (Route.FRESH, Route.TWO_PHASE)
-        return self._coefficients[k] if known else None
+        known = self._gradients and self.route in (Route.FRESH, Route.TWO_PHASE)
+        return -self._gradients[k].double() if known else None
 
     def loss(self, k: int, log_probs: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """What to call ``backward`` on for part ``k``.
