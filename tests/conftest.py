@@ -16,6 +16,9 @@ import torch
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
 _typecheck = types.ModuleType("_typecheck")
 _typecheck.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 sys.modules["_typecheck"] = _typecheck
@@ -27,8 +30,11 @@ with warnings.catch_warnings():
             "fiberpo.acceptance", "fiberpo.batch", "fiberpo.budgets", "fiberpo.charts",
             "fiberpo.corrections", "fiberpo.divergence", "fiberpo.gates",
             "fiberpo.exact", "fiberpo.gating", "fiberpo.inputs", "fiberpo.labels",
-            "fiberpo.layout", "fiberpo.masks",
-            "fiberpo.measurement", "fiberpo.objective", "fiberpo.ops", "fiberpo.peer_gates",
+            "fiberpo.cutting", "fiberpo.layout", "fiberpo.lowering", "fiberpo.masks",
+            "fiberpo.measurement", "fiberpo.objective", "fiberpo.ops.dispatch", "fiberpo.ops.eager",
+            "fiberpo.ops.linear", "fiberpo.ops.linear_head", "fiberpo.ops.linear_reference",
+            "fiberpo.ops.plan", "fiberpo.ops.reference", "fiberpo.ops.segments",
+            "fiberpo.peer_gates",
             "fiberpo.peers", "fiberpo.recipes", "fiberpo.token_masks",
             "fiberpo.statistics", "fiberpo.strata", "fiberpo.length_neutral",
             "fiberpo.weights",

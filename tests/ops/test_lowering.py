@@ -137,9 +137,29 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_a_named_backend_never_falls_back():
-    """Triton does not serve on a CPU outside its interpreter, and says why."""
-    with pytest.raises(ObjectiveError, match="backend='triton' cannot serve this call: "):
-        recipes.ppo()(case(0), backend="triton")
+    """What it cannot serve it refuses, with the reason."""
+    batch = packed([0.3, -0.3], [1.0], [2], labels={"state": torch.tensor([0, 0])})
+    with pytest.raises(ObjectiveError, match="backend='triton' cannot serve this call: .*state"):
+        recipes.apc()(batch, backend="triton")
+
+
+@pytest.mark.skipif(not served("triton"), reason="Triton is not at hand, on a GPU or interpreted")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_triton_is_the_gate_classes(name):
+    """In the interpreter where there is no GPU."""
+    batch = case(3, by_token=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    labels = {n: dataclasses.replace(v, codes=v.codes.to(device)) for n, v in batch.labels.items()}
+    moved = dataclasses.replace(
+        batch, log_probs=batch.log_probs.detach().to(device),
+        old_log_probs=batch.old_log_probs.to(device),
+        given_advantages=batch.given_advantages.to(device), lengths=batch.lengths.to(device),
+        labels=labels,
+    )  # fmt: skip
+    expected = OBJECTIVES[name](batch, backend="reference")
+    found = OBJECTIVES[name](moved, backend="triton")
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-11, abs=1e-14)
+    torch.testing.assert_close(found.gradient.cpu(), expected.gradient, rtol=1e-10, atol=1e-13)
 
 
 def test_the_environment_names_the_backend(monkeypatch):
