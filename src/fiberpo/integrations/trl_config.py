@@ -45,6 +45,8 @@ class FiberPOConfig(GRPOConfig):
         correction_kwargs: its parameters.
         reward_range: lowest and highest possible reward (weighted sum); with it ``bound/*`` is
             logged.
+        record_to: directory for a recording of every optimizer step (`trl_record.record`); none
+            where None.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -81,6 +83,9 @@ class FiberPOConfig(GRPOConfig):
     )
     reward_range: list[float] | None = field(
         default=None, metadata={"help": "Lowest and highest reward; logs the bound."}
+    )
+    record_to: str | None = field(
+        default=None, metadata={"help": "Directory for a recording of every optimizer step."}
     )
 
 
