@@ -4,6 +4,8 @@
 # make check      format, lint, types, tests (CI runs this, then make test-verl)
 # make test-verl  the verl adapter in verl's own engine, in an environment of its own (.venv-verl)
 # make test-deepspeed  ZeRO-2 on two CPU processes equals one process (own environment, C++ compiler)
+# make browser    a Chromium for the tests of the report, where apt is at hand (else they skip)
+# make picture    the pictures of the report in docs/images (about two minutes)
 # make bench      benchmarks
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 VERL_VENV ?= .venv-verl
 
 .PHONY: install train train-llm test test-fast test-slow test-verl test-deepspeed lint types check \
-	bench clean
+	browser picture bench clean
 
 install: $(INSTALLED)
 
@@ -86,10 +88,30 @@ $(VENV)/.bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	touch $@
 
+# Debian's and Ubuntu's own package; playwright only drives it
+browser:
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null; then \
+		echo "a chromium is here already"; \
+	elif command -v apt-get >/dev/null; then \
+		SUDO=$$(test "$$(id -u)" = 0 || echo sudo); $$SUDO apt-get update -qq && \
+		$$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			chromium >/dev/null && chromium --version; \
+	else echo "no apt-get here: install a chromium by hand, or let those tests skip"; fi
+
+picture: install browser
+	HF_HUB_OFFLINE=1 $(BIN)/fiberpo train --name picture --rollouts 20 --record --overwrite
+	$(BIN)/python docs/screenshot.py runs/picture/report.html docs/images
+
+# each program refuses to print a time where its own check is red
 bench: $(VENV)/.bench
-	$(RUN) benchmarks/objectives.py
-	$(RUN) benchmarks/scale.py
+	$(RUN) benchmarks/loss.py $(if $(wildcard $(VERL_VENV)/.installed),--with-verl $(VERL_VENV)/bin/python)
+	$(RUN) benchmarks/growth.py
 	$(RUN) benchmarks/linear_logprob.py
+	$(RUN) benchmarks/exact_step.py
+	$(RUN) benchmarks/scale.py
+	$(RUN) benchmarks/recording.py
+	$(RUN) benchmarks/replay.py
+	$(RUN) benchmarks/page.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-deepspeed $(VERL_VENV) runs .pytest_cache .mypy_cache .ruff_cache \

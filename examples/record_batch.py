@@ -1,4 +1,4 @@
-"""Figure 1 from your own run: four updates on one rollout, then the fibration of the last batch.
+"""Figure 1 from your own run: four updates on one rollout, recorded, and the fibration of the last.
 
 The package's sample batch (`fiberpo.theory.fibration.sample_batch`) was recorded by this script.
 """
@@ -14,6 +14,8 @@ from transformers import PrinterCallback
 
 from fiberpo import recipes
 from fiberpo.integrations.trl import FiberPOConfig, FiberPOTrainer
+from fiberpo.integrations.trl_record import record
+from fiberpo.recording import open_recording
 from fiberpo.theory.drawing import save
 from fiberpo.theory.fibration import BUDGETS, draw_fibration
 from fiberpo.train.embedded import load_embedded
@@ -52,19 +54,20 @@ trainer = FiberPOTrainer(
     processing_class=tokenizer,
 )
 trainer.remove_callback(PrinterCallback)
+record(trainer, FOLDER / "recording", overwrite=True)
 trainer.train()
 
-batch = trainer.last_window.surrogates[0].batch
-record = {
+*_, last = open_recording(FOLDER).iterate()
+batch = last.batch
+columns = {
     name: [round(x, 5) for x in getattr(batch, name).tolist()]
     for name in ("log_probs", "old_log_probs", "advantages")
 }
-record["lengths"] = batch.lengths.tolist()
+columns["lengths"] = batch.lengths.tolist()
 for name in ("domain", "group"):
     label = batch.labels[name]
-    record[name] = [label.value(code) for code in label.codes.tolist()]
-FOLDER.mkdir(parents=True, exist_ok=True)
-(FOLDER / "batch.json").write_text(json.dumps(record) + "\n")
+    columns[name] = [label.value(code) for code in label.codes.tolist()]
+(FOLDER / "batch.json").write_text(json.dumps(columns) + "\n")
 figure = draw_fibration(batch, trainer.objective)
-print(f"{batch.trajectories} answers, {len(batch)} tokens")
+print(f"{batch.trajectories} answers, {len(batch)} tokens; the first: {''.join(last.text(0))}")
 print(FOLDER / "batch.json", *save(figure, FOLDER, "figure1", ("png", "svg")))

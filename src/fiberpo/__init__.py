@@ -36,9 +36,12 @@ _EXPORTS = {
     "FiberPOError": "errors", "ShapeError": "errors", "NonFiniteError": "errors",
     "EmptyBatchError": "errors", "StrataError": "errors", "BudgetError": "errors",
     "ObjectiveError": "errors", "ConfigError": "errors", "DataError": "errors",
-    "TheoryError": "errors", "BoundError": "errors", "FiberPOWarning": "errors",
+    "TheoryError": "errors", "BoundError": "errors", "RecordingError": "errors",
+    "FiberPOWarning": "errors",
 }  # fmt: skip
-_MODULES = {"corrections", "recipes", "errors", "integrations", "exact", "testing", "theory"}
+_MODULES = {
+    "corrections", "recipes", "errors", "integrations", "exact", "recording", "testing", "theory",
+}  # fmt: skip
 
 __all__ = ["__version__", "recipes", *_EXPORTS]
 

@@ -47,6 +47,10 @@ class DataError(FiberPOError):
     """A file, data set or recording that cannot be used."""
 
 
+class RecordingError(FiberPOError):
+    """A recording of a training run that cannot be written, read or understood."""
+
+
 class TheoryError(FiberPOError):
     """A problem of the laboratory that does not meet its own definition."""
 

@@ -12,6 +12,25 @@ INK, MUTED, GRID = "#1f2731", "#5d6874", "#e1e6eb"
 PASS, ROLLBACK, ZEROED = "#dfe7ee", "#e8a200", "#0b4f7d"
 
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
+CSS_COLORS: dict[str, tuple[str, str]] = {
+    "ink": (INK, "#e4e9ee"),
+    "muted": (MUTED, "#9aa6b2"),
+    "grid": (GRID, "#2c353f"),
+    "blue": (BLUE, "#4aa8e0"),
+    "vermillion": (VERMILLION, "#f0824a"),
+    "green": (GREEN, "#2fc39b"),
+    "purple": ("#b85f92", "#dd94bb"),
+    "orange": ("#c98b00", "#efb433"),
+    "sky": ("#2f9bd8", "#8ccdf5"),
+    "grey": (GREY, "#a3abb5"),
+    "pass": (PASS, "#2a3540"),
+    "rollback": (ROLLBACK, "#e8a200"),
+    "zeroed": (ZEROED, "#86c8f4"),
+}
+"""Name of a colour in the report's style sheet -> on a light page, on a dark page."""
+NAMES = ("blue", "vermillion", "green", "purple", "orange", "sky", "grey")
+"""The colours of `CYCLE` by name, as the report's style sheet calls them."""
+PLOT_DASHES = ("solid", "dash", "dot")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 BUDGET_DASH = (0, (4, 2.5))
 

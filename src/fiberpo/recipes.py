@@ -6,6 +6,7 @@ offsets from a ratio of 1. Every recipe returns an `Objective`.
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -304,6 +305,33 @@ def from_name(name: str, **parameters: Any) -> Objective:
     return recipe(**parameters)
 
 
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of an objective that is written as its name or as the call that makes it.
+
+    Raises:
+        ObjectiveError: for text that is neither.
+
+    >>> parse_call("gspo(epsilon=0.02)")
+    ('gspo', {'epsilon': 0.02})
+    >>> parse_call("grpo")
+    ('grpo', {})
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        name, parameters = call, {}
+        if isinstance(call, ast.Call) and not call.args:
+            name = call.func
+            parameters = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        if not isinstance(name, ast.Name):
+            raise ValueError(text)
+    except (SyntaxError, ValueError) as error:
+        raise ObjectiveError(
+            f"cannot read the objective {text!r}; write its name, or the name with parameters as "
+            f"in fiberpo(budget=(0.2, 0.1), pessimistic=True). There are {', '.join(RECIPES)}"
+        ) from error
+    return name.id, parameters
+
+
 def _clipped(
     name: str,
     gate: RatioClip,
@@ -318,6 +346,6 @@ def _clipped(
 
 __all__ = [
     "RECIPES", "RECOMMENDED_BUDGET", "apc", "cispo", "cppo", "dapo", "dppo", "dr_grpo", "fiberpo",
-    "fiberpo_domain", "from_name", "gmpo", "grpo", "gspo", "ppo", "sapo", "spo", "topr",
-    "truly_ppo",
+    "fiberpo_domain", "from_name", "gmpo", "grpo", "gspo", "parse_call", "ppo", "sapo", "spo",
+    "topr", "truly_ppo",
 ]  # fmt: skip

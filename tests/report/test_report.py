@@ -7,11 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterable
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,10 +18,10 @@ np = pytest.importorskip("numpy")
 from PIL import Image  # noqa: E402
 
 from fiberpo.errors import DataError, FiberPOError  # noqa: E402
-from fiberpo.report.figures import draw_charts  # noqa: E402
 from fiberpo.report.page import render_html, write_report  # noqa: E402
 from fiberpo.report.reader import read_metrics, read_run  # noqa: E402
 from fiberpo.report.series import RunSeries  # noqa: E402
+from fiberpo.report.sources import read_sources  # noqa: E402
 from fiberpo.report.tables import (  # noqa: E402
     format_difference,
     format_drift,
@@ -34,168 +30,17 @@ from fiberpo.report.tables import (  # noqa: E402
     format_seconds,
 )
 from fiberpo.report.terminal import print_summary, summary_text  # noqa: E402
-
-DOMAINS = ("sum", "sort")
-BUDGETS = {
-    "domain": (0.02, 0.015),
-    "group": (0.041, 0.031),
-    "trajectory": (0.08, 0.06),
-    "token": (0.2, 0.21),
-}
-UPDATES = 4
-
-
-def train_line(step: int, strata: Iterable[str], domains: Iterable[str]) -> dict[str, Any]:
-    update = (step - 1) % UPDATES
-    line: dict[str, Any] = {
-        "kind": "train",
-        "step": step,
-        "rollout": (step - 1) // UPDATES,
-        "reward": 0.4 + 0.005 * step,
-        "entropy": 0.5 / step + 0.1,
-        "completions/mean_length": 14.0 + 0.01 * step,
-        "gate/active": 0.1 * update,
-        "gate/gradient_kept": 1 - 0.05 * update,
-        "gate/gradient_reversed": 0.01 * update,
-        "ratio/mean": 1.0,
-        "ratio/min": math.exp(-0.5 * update),
-        "ratio/max": math.exp(0.5 * update),
-        "ratio/ess": 0.98,
-        "kl/k1": -0.0001 * update,
-        "kl/k3": 0.0002 * update,
-    }
-    line |= {f"reward/domain={d}": 0.3 + 0.005 * step for d in domains}
-    for stratum in strata:
-        zeroed, rollback = 0.05 * update, 0.0 if stratum == "token" else 0.02 * update
-        line[f"gate/{stratum}/pass_frac"] = 1 - zeroed - rollback
-        line[f"gate/{stratum}/zeroed_frac"] = zeroed
-        if stratum != "token":
-            line[f"gate/{stratum}/rollback_frac"] = rollback
-        for channel, budget in zip(("pos", "neg"), BUDGETS[stratum], strict=True):
-            for name, scale in (("mean", 0.2), ("p90", 0.4), ("max", 0.8)):
-                line[f"gate/{stratum}/drift_{channel}/{name}"] = budget * scale * update
-    return line
-
-
-def eval_line(step: int, domains: Iterable[str]) -> dict[str, Any]:
-    value = 0.4 + 0.01 * step
-    rewards = {f"heldout/reward/domain={d}": value for d in domains}
-    return {"kind": "eval", "step": step, "heldout/reward": value, **rewards}
-
-
-def stratum_row(stratum: str, context: str = "all") -> dict[str, Any]:
-    pos, neg = BUDGETS[stratum]
-    return {
-        "stratum": stratum,
-        "context": context,
-        "budget": [pos, neg],
-        "drift_pos": {"p50": 0.00311, "p90": 0.0122, "p99": pos * 1.5, "max": pos * 2},
-        "drift_neg": {"p50": 0.00233, "p90": 0.0111, "p99": neg * 1.5, "max": neg * 2},
-        "pass": 0.843,
-        "rollback": 0.0,
-        "zeroed": 0.157,
-    }
-
-
-def make_summary(strata: Iterable[str], **changes: Any) -> dict[str, Any]:
-    return {
-        "name": "quickstart",
-        "objective": "fiberpo_domain(budgets=...)",
-        "seed": 7,
-        "steps": 40,
-        "updates_per_rollout": UPDATES,
-        "model": "embedded",
-        "interrupted": False,
-        "seconds": 171.2,
-        "heldout_before": {"sum": 0.301, "sort": 0.62, "mean": 0.461},
-        "heldout_after": {"sum": 0.812, "sort": 0.597, "mean": 0.704},
-        "strata": [stratum_row(name) for name in strata],
-        "samples": [
-            {
-                "domain": "sum",
-                "prompt": "<|im_start|>sum 47+85:",
-                "before": "#131",
-                "reward_before": 0.0,
-                "after": "#132",
-                "reward_after": 1.0,
-                "answer": "132",
-            },
-            {
-                "domain": "sort",
-                "prompt": "sort 31:",
-                "before": "1",
-                "reward_before": 0.5,
-                "after": None,
-                "reward_after": None,
-                "answer": "13",
-            },
-        ],
-        "notes": ["Held-out prompts: 64 per domain."],
-        "versions": {"fiberpo": "0.1.0", "torch": "2.9.0"},
-        **changes,
-    }
-
-
-def make_run(
-    directory: Path,
-    strata: Iterable[str] = tuple(BUDGETS),
-    summary: dict[str, Any] | None = None,
-    steps: int = 40,
-    domains: Iterable[str] = DOMAINS,
-) -> Path:
-    directory.mkdir()
-    lines = [eval_line(0, domains)]
-    for step in range(1, steps + 1):
-        lines.append(train_line(step, strata, domains))
-        if step % 10 == 0:
-            lines.append(eval_line(step, domains))
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (directory / "metrics.jsonl").write_text(text)
-    (directory / "summary.json").write_text(json.dumps(summary or make_summary(strata)))
-    (directory / "config.yaml").write_text("steps: 40\nobjective: fiberpo_domain\n")
-    return directory
-
-
-class Page(HTMLParser):
-    """Elements, text of the tables cell by cell, and whether every tag is closed."""
-
-    VOID = frozenset({"meta", "link", "br"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.attributes: list[tuple[str, dict[str, str | None]]] = []
-        self.tables: list[list[list[str]]] = []
-        self.labels: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert not self._open
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes.append((tag, dict(attrs)))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes.append((tag, dict(attrs)))
-        if tag in self.VOID:
-            return
-        self._open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "td" in self._open or "th" in self._open:
-            self.tables[-1][-1][-1] += data.strip()
-
-    @property
-    def tags(self) -> Counter[str]:
-        return Counter(tag for tag, _ in self.attributes)
+from report.samples import (  # noqa: E402
+    BUDGETS,
+    DOMAINS,
+    Page,
+    checked,
+    make_run,
+    make_summary,
+    panel_count,
+    stratum_row,
+    train_line,
+)  # fmt: skip
 
 
 def report(run_dir: Path) -> tuple[str, Page]:
@@ -213,38 +58,13 @@ def report(run_dir: Path) -> tuple[str, Page]:
 
 def page_only(run_dir: Path) -> tuple[str, Page]:
     """As `report`, without drawing the overview image."""
-    run = read_run(run_dir)
-    strata = (run.summary or {}).get("strata") or ()
-    html = render_html(run, RunSeries(run.train, run.evals, strata))
+    html = render_html(read_sources([run_dir]))
     return html, checked(html)
-
-
-def checked(html: str) -> Page:
-    page = Page(html)
-    # Nothing is loaded from elsewhere, and nothing runs.
-    for tag, attributes in page.attributes:
-        assert tag not in {"script", "iframe", "object", "img", "image", "base", "form"}
-        for name in ("src", "href", "xlink:href", "action", "srcset", "data"):
-            value = attributes.get(name)
-            assert value is None or value.startswith(("#", "data:")), (tag, name, value)
-        assert not any(name.startswith("on") for name in attributes)
-    assert not re.search(r"url\((?!#)", html)
-    assert "@import" not in html
-    # Fragments of different figures must not refer to each other.
-    ids = Counter(a.get("id") or "" for _, a in page.attributes)
-    assert [name for name, count in ids.items() if count > 1 and "-title" in name] == []
-    references = set(re.findall(r"url\(#([^)]*)\)", html))
-    assert all(ids[name] == 1 for name in references)
-    return page
-
-
-def svg_count(page: Page) -> int:
-    return page.tags["svg"]
 
 
 def test_full_run(tmp_path: Path) -> None:
     html, page = report(make_run(tmp_path / "run"))
-    rewards, strata = page.tables
+    rewards, strata, _explorer = page.tables
     assert rewards == [
         ["domain", "before", "after", "difference"],
         ["sum", "0.301", "0.812", "+0.511"],
@@ -261,10 +81,10 @@ def test_full_run(tmp_path: Path) -> None:
     for value in ("0.00311", "0.0122", "0.00233", "0.0111", "84.3 %", "0 %", "15.7 %"):
         assert cells.count(value) == len(BUDGETS)
     # reward, 4 regimes, 4 drifts, gate, ratio, KL, effective sample size, entropy, length
-    assert svg_count(page) == 15
+    assert panel_count(page) == 15
     labels = [a.get("aria-label") or "" for _, a in page.attributes if a.get("role") == "img"]
     charts = [label for label in labels if label != "above budget"]
-    assert len(charts) == 15
+    assert len(charts) == 15 + 3  # those of the explorer
     assert all(len(label) > 30 for label in charts)
     assert "fiberpo_domain(budgets=...)" in html
     assert "2 min 51 s" in html
@@ -284,7 +104,7 @@ def test_token_only_run(tmp_path: Path) -> None:
     summary["strata"][0]["budget"] = None
     html, page = page_only(make_run(tmp_path / "run", ["token"], summary))
     assert "grpo(epsilon=0.2)" in html
-    assert svg_count(page) == 9
+    assert panel_count(page) == 9
     assert [row[0] for row in page.tables[1][2:] if len(row) > 8] == ["token"]
     assert "above budget" not in html
 
@@ -305,7 +125,7 @@ def test_budget_per_context_draws_each_context(tmp_path: Path) -> None:
     html, page = page_only(run_dir)
     assert "domain, sum" in html
     assert "domain, sort" in html
-    assert "budget + 0.05" in html
+    assert "budget +0.05, −0.033" in html  # noqa: RUF001
     assert any("sort" in row for row in page.tables[1])
 
 
@@ -336,7 +156,7 @@ def test_torn_last_line_is_skipped_with_a_note(tmp_path: Path) -> None:
         file.write('{"kind": "train", "step": 9, "note": "é'.encode()[:-1])
     run = read_run(run_dir)
     assert [line["step"] for line in run.train] == list(range(1, 9))
-    html = render_html(run, RunSeries([], []))
+    html, _ = page_only(run_dir)
     assert f"Line {count + 1} of metrics.jsonl, the last, is cut short" in html
 
 
@@ -360,8 +180,8 @@ def test_empty_or_missing_metrics(tmp_path: Path, content: bytes | None) -> None
         (run_dir / "metrics.jsonl").write_bytes(content)
     html, page = page_only(run_dir)
     assert "so there are no figures" in html
-    assert svg_count(page) == 0
-    assert len(page.tables) == 2
+    assert panel_count(page) == 0
+    assert len(page.tables) == 3
 
 
 def test_missing_summary_uses_the_metrics(tmp_path: Path) -> None:
@@ -383,7 +203,7 @@ def test_only_a_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("steps: 40\n")
     html, page = report(tmp_path)
     assert "not evaluated" in html
-    assert page.tables == []
+    assert len(page.tables) == 1  # the explorer's
 
 
 def test_single_step_and_extreme_values(tmp_path: Path) -> None:
@@ -429,7 +249,8 @@ def test_hostile_strings_are_escaped(tmp_path: Path) -> None:
     lines[1] |= {f"gate/{attack}/pass_frac": 0.9, "gate/\"'><i>/drift_pos/p90": 0.1}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     html, page = report(run_dir)
-    assert "<script" not in html
+    assert "<script>alert" not in html
+    assert "<script>1" not in html
     assert "<img" not in html
     assert "&lt;script&gt;" in html
     assert "{{ 7*7 }}" in html
@@ -442,16 +263,15 @@ def test_hostile_strings_are_escaped(tmp_path: Path) -> None:
 def test_long_samples_are_cut(tmp_path: Path) -> None:
     summary = make_summary(["token"])
     summary["samples"][0]["after"] = "y" * 50_000
-    run = read_run(make_run(tmp_path / "run", ["token"], summary, steps=4))
-    html = render_html(run, RunSeries([], []))
+    html, _ = page_only(make_run(tmp_path / "run", ["token"], summary, steps=4))
     assert "(46000 more characters)" in html
     assert "y" * 4001 not in html
 
 
 def test_unusable_directories(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such run directory"):
+    with pytest.raises(DataError, match="no such run"):
         write_report(tmp_path / "absent")
-    with pytest.raises(DataError, match="not a run directory"):
+    with pytest.raises(DataError, match="neither a run .* nor a recording"):
         write_report(tmp_path)
     (tmp_path / "summary.json").write_text("[]")
     with pytest.raises(DataError, match=r"summary\.json: expected a JSON object"):
@@ -464,7 +284,7 @@ def test_unusable_directories(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
+@pytest.mark.parametrize("module", ["matplotlib", "jinja2", "plotly.offline"])
 def test_missing_dependency_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
@@ -477,18 +297,15 @@ def test_missing_dependency_names_the_extra(
 def test_importing_the_report_leaves_optional_packages_alone() -> None:
     code = (
         "import sys, fiberpo.report.page, fiberpo.report.terminal\n"
-        "print(sorted({'matplotlib', 'jinja2'} & set(sys.modules)))"
+        "print(sorted({'matplotlib', 'jinja2', 'plotly'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_drawing_is_repeatable() -> None:
-    lines = [train_line(step, ["token"], DOMAINS) for step in range(1, 9)]
-    wanted = ("step", "rollout", "gate/token", "kl/")
-    kept = [{k: v for k, v in line.items() if k.startswith(wanted)} for line in lines]
-    series = RunSeries(kept, [])
-    assert draw_charts(series) == draw_charts(series)
+def test_pages_are_repeatable(tmp_path: Path) -> None:
+    sources = read_sources([make_run(tmp_path / "run", ["token"], steps=8)])
+    assert render_html(sources) == render_html(sources)
 
 
 def test_series_take_the_later_line_of_a_resumed_step() -> None:

@@ -24,7 +24,7 @@ def run(arguments):
 
 
 def parsed(arguments):
-    return json.loads(run(f"{arguments} --json"))
+    return json.loads(run(f"{arguments} --json -"))
 
 
 def test_json_has_the_keys():
@@ -160,7 +160,7 @@ def test_command_answers_without_torch():
         "import sys; from fiberpo.cli import main\n"
         "try:\n    main()\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)"
     )
-    command = [sys.executable, "-c", code, "bounds", *FULL.split(), "--json"]
+    command = [sys.executable, "-c", code, "bounds", *FULL.split(), "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
     assert json.loads(done.stdout)["tightest"] == "mixed_tv"
     assert done.stderr.strip() == "False"

@@ -8,8 +8,8 @@ from collections import Counter
 import datasets
 import pytest
 
+from fiberpo.columns import DOMAIN_ALIASES, GROUP_ALIASES, find_column
 from fiberpo.errors import ConfigError, DataError
-from fiberpo.integrations.columns import DOMAIN_ALIASES, GROUP_ALIASES, find_column
 from fiberpo.train import gym as gym_module
 from fiberpo.train.data import load_data
 from fiberpo.train.gym import ReasoningGymReward, reasoning_gym_rows

@@ -44,6 +44,11 @@ def policy_loss(mode, **fields):
     ]
 
 
+def recorded(folder):
+    """Override that records every update."""
+    return f"+{POLICY}.record_to={folder}"
+
+
 def hierarchy(*strata, **more):
     """FiberPO-Domain with these strata, tight enough to act."""
     budgets = ", ".join(f"{name}: {TIGHT}" for name in strata)
@@ -233,10 +238,12 @@ def main(folder):
         for case, overrides in CASES.items()
         for size in SIZES
     }
+    step(worker, batch, [*CASES["domain"], recorded(folder / "recording")], 4)
     plain = build(make_config(folder / "model"), PlainWorker)
     for size in SIZES:
         results["tokens", size] = step(worker, batch, CASES["domain"], size, by_tokens=True)
         results["registered", size] = step(plain, batch, CASES["trajectory"], size)
+    results["recording"] = str(folder / "recording")
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()

@@ -12,9 +12,11 @@ import harness
 import pytest
 import ray
 import torch
+import verl
 from harness import CASES, PENALTIES, SIZES, norm, plain_log_probs, plain_logits, step
 
 from core import oracle
+from fiberpo.recording import open_recording
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +103,37 @@ def test_two_processes(alone, two_processes, case, size):
         for name in ("gate/active", "gate/gradient_kept", "gate/domain/pass_frac", "ratio/max"):
             if name in expected:
                 assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def by_row(item):
+    """Tokens, log-probs, ids of every row, in an order that does not depend on ranks."""
+    batch = item.batch
+    labels = [[label.value(c) for c in label.codes.tolist()] for label in batch.labels.values()]
+    columns = (item.token_ids, batch.log_probs, batch.old_log_probs, batch.advantages)
+    split = [[x.tolist() for x in column.split(batch.lengths.tolist())] for column in columns]
+    return sorted(zip(*split, *labels, strict=True))
+
+
+def test_recording(worker, batch, two_processes, tmp_path):
+    """``record_to``: the mini-batch of all ranks, with ids, token ids and the objective."""
+    metrics, _ = step(worker, batch, [*CASES["domain"], harness.recorded(tmp_path)], 4)
+    recording = open_recording(tmp_path)
+    (item,) = recording.iterate()
+    assert recording.manifest.host == f"verl {verl.__version__}"
+    found = recording.objective()(item.batch).metrics()
+    for name in ("gate/active", "gate/gradient_kept", "gate/domain/pass_frac", "kl/k3"):
+        assert metrics[name] == pytest.approx(found[name], rel=1e-4, abs=1e-6), name
+    mask = batch.batch["response_mask"].bool()
+    assert sorted(item.token_ids.tolist()) == sorted(batch.batch["responses"][mask].tolist())
+    assert set(item.batch.labels["domain"].value_names()) == set(
+        batch.non_tensor_batch["data_source"]
+    )
+    joined = open_recording(two_processes["recording"])
+    assert joined.manifest.ranks == 2
+    (other,) = joined.iterate()
+    for mine, theirs in zip(by_row(item), by_row(other), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a == (pytest.approx(b, abs=1e-4) if isinstance(a, list) else b)
 
 
 @pytest.mark.parametrize("case", ["trajectory", "domain"])

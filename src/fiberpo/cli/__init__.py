@@ -1,4 +1,8 @@
-"""The command line. Commands are few; everything heavy is imported inside them."""
+"""The command line. Commands are few; everything heavy is imported inside them.
+
+Exit codes: 0 fine; 1 a check found something; 2 the input is wrong; 130 interrupted; 141 the
+reader of the output went away.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import sys
 from ..errors import FiberPOError
 from .app import app
 from .options import budgets_from, objective_kwargs
+from .recordings import doctor, replay, suggest
+from .reporting import report
 from .theory import bounds, figures, lab
 from .training import train, warmstart
 
@@ -15,24 +21,54 @@ from .training import train, warmstart
 # this must stand before the first import of torch
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+WRONG_INPUT, BROKEN_PIPE = 2, 141
+
 
 def main() -> None:
     """Entry point of ``fiberpo``; user mistakes end without a traceback, with exit code 2."""
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = BROKEN_PIPE
+    if code == BROKEN_PIPE:
+        # the interpreter flushes once more at its end, and must not fail on it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command of ``sys.argv``; its exit code."""
     try:
         app()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):
+            return BROKEN_PIPE
+        if isinstance(end.code, int) or end.code is None:
+            return end.code or 0
+        return _say(str(end.code))
     except FiberPOError as error:
-        print(f"fiberpo: {error}", file=sys.stderr)
-        sys.exit(2)
+        return _say(str(error))
     except ModuleNotFoundError as error:
-        print(
-            f"fiberpo: {error.name} is not installed. The command line needs the extras: "
-            "pip install 'fiberpo[trl,report,lab]'",
-            file=sys.stderr,
+        if error.name is not None and error.name.startswith("fiberpo"):
+            raise
+        return _say(
+            f"{error.name} is not installed. The command line needs the extras: "
+            "pip install 'fiberpo[trl,report,lab]'"
         )
-        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _say(f"{error.filename}: {error.strerror}")
+    return 0
+
+
+def _say(message: str) -> int:
+    print(f"fiberpo: {message}", file=sys.stderr)
+    return WRONG_INPUT
 
 
 __all__ = [
-    "app", "bounds", "budgets_from", "figures", "lab", "main", "objective_kwargs", "train",
-    "warmstart",
+    "app", "bounds", "budgets_from", "doctor", "figures", "lab", "main", "objective_kwargs",
+    "replay", "report", "suggest", "train", "warmstart",
 ]  # fmt: skip

@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import ConfigError
+
+TERMINAL = "-"
+
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write everything here as JSON; - for the terminal.")
+]
+"""The same option for every command that has something to parse."""
+
+
+def write_json(target: str | None, values: Any) -> None:
+    """What ``--json`` asks for: a file, or with ``-`` standard output and nothing else there.
+
+    Raises:
+        ConfigError: for a file that cannot be written.
+    """
+    if target is None:
+        return
+    text = json.dumps(values, indent=1) + "\n"
+    if target == TERMINAL:
+        print(text, end="")
+        return
+    try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(text)
+    except OSError as error:
+        raise ConfigError(f"--json {target}: {error.strerror}; name a file, or -") from error
 
 
 def _parse_budget(text: str) -> tuple[str, Any]:

@@ -11,13 +11,12 @@ import typer
 
 from ..errors import ConfigError
 from .app import app
+from .options import TERMINAL, Json, write_json
 
 
 @app.command(epilog="Example: fiberpo lab --only 'Thm D.10' --json build/lab.json")
 def lab(
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write everything found here.")
-    ] = None,
+    json_: Json = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the page of the docs here.")] = None,
     only: Annotated[
         str | None, typer.Option(help="Claims whose name or source contains this.")
@@ -46,13 +45,14 @@ def lab(
         print(line, file=sys.stderr, flush=True)
 
     results = laboratory.run(claims, seed=seed, progress=progress)
-    print_table(results)
-    for path, text in (
-        (json_, laboratory.as_json(results, seed)), (markdown, page(results, seed)),
-    ):  # fmt: skip
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+    write_json(json_, json.loads(laboratory.as_json(results, seed)))
+    if json_ != TERMINAL:
+        print_table(results)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(page(results, seed))
+    for path in (json_, markdown):
+        if path not in (None, TERMINAL):
             print(f"written: {path}")
     changed = [result for result in results if result.changed]
     for result in changed:
@@ -84,7 +84,7 @@ def bounds(
     tight: Annotated[
         bool, typer.Option("--tight", help="--factor 2 and --product together.")
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
+    json_: Json = None,
 ) -> None:
     """Bound how far the surrogate can be from the true improvement (arXiv 2512.23075).
 
@@ -98,12 +98,11 @@ def bounds(
         mean_tv=None if mean_tv is None else [mean_tv] * check_length(length),
         reward_range=reward_range, factor=factor, product=product, tight=tight,
     )  # fmt: skip
-    if json_:
-        print(json.dumps(found.as_dict(), indent=2))
-        return
-    from ..report.bounds import print_bounds
+    write_json(json_, found.as_dict())
+    if json_ != TERMINAL:
+        from ..report.bounds import print_bounds
 
-    print_bounds(found)
+        print_bounds(found)
 
 
 @app.command(epilog="Example: fiberpo figures --objective grpo --objective 'gspo(epsilon=0.02)'")

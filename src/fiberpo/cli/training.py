@@ -10,6 +10,7 @@ import yaml
 
 from ..errors import ConfigError
 from .app import app
+from .completion import complete_objective, complete_run
 from .options import objective_kwargs
 
 
@@ -26,7 +27,10 @@ def train(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Own prompts: JSONL, parquet, ...")] = None,
     reward: Annotated[str | None, typer.Option(help="file.py:function.")] = None,
-    objective: Annotated[str | None, typer.Option(help="A recipe, as grpo or gspo.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="A recipe, as grpo or gspo.", autocompletion=complete_objective),
+    ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(help="domain=0.02,0.015 (positive, negative; nats per token)."),
@@ -53,31 +57,44 @@ def train(
         typer.Option("--set", help="Any other setting, as prompts=32 (value in YAML)."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Continue this run directory.", autocompletion=complete_run),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard")] = None,
     trackio: Annotated[bool | None, typer.Option("--trackio")] = None,
+    record: Annotated[
+        bool | None,
+        typer.Option("--record", help="Keep every step for replay, suggest, doctor and report."),
+    ] = None,
 ) -> None:
     """Train a language model by RL with any objective, and write a report.
 
     Without options: FiberPO-Domain on the embedded model and four small domains, about four
     minutes on two cores. The run's directory holds the report, metrics, config and checkpoint.
     """
-    from ..report.terminal import print_summary
-    from ..train.config import CONFIG_FILE, make_config
-    from ..train.program import train as run
-
     given = {
         "name": name, "output": output, "model": model, "tasks": task, "data": data,
         "reward": reward, "objective": objective, "rollouts": rollouts,
         "updates_per_rollout": updates_per_rollout, "learning_rate": learning_rate,
         "seed": seed, "tensorboard": tensorboard, "trackio": trackio,
-        "mask_max": mask_max, "mask_mean": mask_mean,
+        "mask_max": mask_max, "mask_mean": mask_mean, "record": record,
     }  # fmt: skip
     values = {k: v for k, v in given.items() if v is not None}
     for text in set_ or []:
         key, _, value = text.partition("=")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--set {text!r}: the value is not YAML ({getattr(error, 'problem', error)}); "
+                "quote it for YAML, as in --set 'tasks=[sum, sort]'"
+            ) from error
+    from ..report.terminal import print_summary
+    from ..train.config import CONFIG_FILE, make_config
+    from ..train.program import train as run
+
     if resume is not None:
         if config is not None:
             raise ConfigError("--resume takes its settings from the run; leave out --config")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..batch import RatioBatch
+from ..columns import STRATUM_ALIASES, find_column
 from ..errors import DataError, ShapeError
 from ..objective import Objective
 from ..weights import Denominators
-from .columns import STRATUM_ALIASES, find_column
 
 LossFn = Callable[[Sequence[Any], Sequence[Tensor]], tuple[Tensor, dict[str, float]]]
 

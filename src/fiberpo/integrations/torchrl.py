@@ -23,11 +23,11 @@ from torchrl.objectives.llm import GRPOLoss
 from torchrl.objectives.llm.grpo import LLMLossOutput
 
 from ..batch import RatioBatch
+from ..columns import STRATUM_ALIASES, find_column
 from ..errors import ConfigError, DataError, ObjectiveError, ShapeError
 from ..exact import Stepper, Window
 from ..objective import Objective
 from ..weights import Denominators
-from .columns import STRATUM_ALIASES, find_column
 
 REPLACED = {
     "clip_epsilon": "the epsilon of the recipe",

@@ -13,7 +13,6 @@ Tested with TRL 1.16.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -42,8 +41,8 @@ from . import trl_masks as masks
 from . import trl_rows as rows
 from .trl_config import FiberPOConfig as FiberPOConfig
 from .trl_config import check_config, check_model
-
-logger = logging.getLogger(__name__)
+from .trl_doctor import FirstSteps
+from .trl_record import record
 
 STATE_FILE = "fiberpo_state_rank{rank}.pt"
 
@@ -107,33 +106,15 @@ class FiberPOTrainer(GRPOTrainer):
             mode=args.split_mode,
             check_every=args.split_check_every,
         )
-        self._announce()
+        self.add_callback(FirstSteps(self))
+        if args.record_to is not None:
+            record(self, args.record_to)
 
     @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps taken on each rollout; with 1, every log ratio is 0."""
         micro = self.args.steps_per_generation * self.num_iterations
         return int(micro // self.args.gradient_accumulation_steps)
-
-    def _announce(self) -> None:
-        window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        several = self.args.steps_per_generation > self.args.gradient_accumulation_steps
-        if several and self.args.keep_groups_together and window % self.num_generations:
-            logger.warning(
-                "an optimizer window has %d answers a process, which is not a multiple of "
-                "num_generations = %d: prompt groups are cut, and group gates see parts of them.",
-                window, self.num_generations,
-            )  # fmt: skip
-        if self.updates_per_rollout > 1:
-            return
-        logger.warning(
-            "GATES ARE INERT: every rollout is used for one optimizer step "
-            "(steps_per_generation = %d, num_iterations = %d, gradient_accumulation_steps = %d), "
-            "so the policy equals its own anchor, every log ratio is 0 and %s acts like the plain "
-            "policy gradient. Raise steps_per_generation or num_iterations.",
-            self.args.steps_per_generation, self.num_iterations,
-            self.args.gradient_accumulation_steps, self.objective.name,
-        )  # fmt: skip
 
     # -- ids ---------------------------------------------------------------------------------
 

@@ -47,6 +47,8 @@ class FiberPOConfig(GRPOConfig):
             logged.
         linear_log_probs: log-probs by `fiberpo.linear_logprob`; None: on a CPU, where the output
             head is a plain linear one with a vocabulary of 4096 or more.
+        record_to: directory for a recording of every optimizer step (`trl_record.record`); none
+            where None.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -87,6 +89,9 @@ class FiberPOConfig(GRPOConfig):
     linear_log_probs: bool | None = field(
         default=None,
         metadata={"help": "Log-probs by fiberpo.linear_logprob; None: where it helps."},
+    )
+    record_to: str | None = field(
+        default=None, metadata={"help": "Directory for a recording of every optimizer step."}
     )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..columns import DOMAIN_ALIASES, find_column
 from ..errors import DataError
 from ..objective import Surrogate
-from .columns import DOMAIN_ALIASES, find_column
 
 
 def old_log_probs(inputs: Mapping[str, Any], current: Tensor) -> Tensor:

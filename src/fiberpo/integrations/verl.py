@@ -70,6 +70,7 @@ class FiberPOPolicyLossConfig(PolicyLossConfig):
         skip_first_forward: take every log ratio of the first update after a rollout for 0, which
             saves its extra forward. Right where ``old_log_probs`` are recomputed by the actor
             itself (not with ``rollout_correction.bypass_mode``).
+        record_to: directory for a recording of every optimizer step (``docs/recording.md``).
 
     Raises:
         ConfigError, ObjectiveError, BudgetError: for parameters that the recipe does not take.
@@ -83,6 +84,7 @@ class FiberPOPolicyLossConfig(PolicyLossConfig):
     objective_kwargs: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, Any] = field(default_factory=dict)
     skip_first_forward: bool = False
+    record_to: str | None = None
 
     def __post_init__(self) -> None:
         if self.loss_mode in LOSS_MODES:

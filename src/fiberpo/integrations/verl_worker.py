@@ -35,6 +35,7 @@ from ..objective import Objective, Surrogate
 from ..statistics import Statistics
 from . import verl as plugin
 from .hosts import BY_TRAJECTORY
+from .verl_record import WorkerRecording
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class FiberPOTrainingWorker(TrainingWorker):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._stepper: Stepper | None = None
+        self._recording: WorkerRecording | None = None
         self._first = True
         self._told: set[str] = set()
         self._plain_train_batch = self.engine.train_batch
@@ -75,6 +77,7 @@ class FiberPOTrainingWorker(TrainingWorker):
         super().set_loss_fn(loss_fn)
         config = getattr(loss_fn, "keywords", {}).get("config")
         settings, self._stepper = plugin.settings_of(config), None
+        self._recording = None
         if settings is None:
             return
         objective = plugin.make_objective(settings)
@@ -85,6 +88,8 @@ class FiberPOTrainingWorker(TrainingWorker):
                 f"{obstacle}, but loss_mode={settings.loss_mode!r} looks at the {needed[0]} of "
                 "every row, which needs the whole mini-batch (token and trajectory gates do not)"
             )
+        if obstacle and settings.get("record_to"):
+            raise ConfigError(f"{obstacle}: record_to has no effect; remove it")
         if not obstacle:
             group = self.engine.get_data_parallel_group()
             self._stepper = Stepper(objective, collective=TorchGroup(group))
@@ -124,9 +129,21 @@ class FiberPOTrainingWorker(TrainingWorker):
             _enter(settings, None)
             data.pop(ROW)
         window.close()
+        self._record(config, window, step.log_probs, micro_batches)
         self._tell_cut_groups(config, window)
         outputs["metrics"].update(self._metrics(window))
         return outputs
+
+    def _record(
+        self, config: Any, window: Window, log_probs: list[Tensor], micro_batches: list[Any]
+    ) -> None:
+        path = config.policy_loss.get("record_to")
+        if not path:
+            return
+        if self._recording is None:
+            objective, tokenizer = window.stepper.objective, self.model_config.get("tokenizer")
+            self._recording = WorkerRecording(path, objective, self.engine, config, tokenizer)
+        self._recording.write(window, log_probs, micro_batches)
 
     def _split(self, data: Any) -> list[Any]:
         """The micro-batches, as the engine itself will cut them (all ranks call together)."""
@@ -255,6 +272,7 @@ class _Step:
         self.window = window
         self.rows = rows
         self.scale = scale
+        self.log_probs: list[Tensor] = []
         self.next = 0
 
     def run(self, loss_function: Callable[..., Any], **arguments: Any) -> Any:
@@ -272,6 +290,7 @@ class _Step:
     def loss(self, log_prob: Tensor) -> Tensor:
         """Called by the registered loss, once a micro-batch."""
         k, self.next = self.next, self.next + 1
+        self.log_probs.append(log_prob.detach())
         return (self.window.loss(k, log_prob) * self.scale).float()
 
 

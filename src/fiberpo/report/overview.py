@@ -23,6 +23,7 @@ from fiberpo.report.figures import (
 )
 from fiberpo.report.series import RunSeries
 from fiberpo.report.style import Label
+from fiberpo.report.tables import plain_label
 
 
 def overview_png(run: RunSeries, title: str, subtitle: str = "") -> bytes:
@@ -30,7 +31,7 @@ def overview_png(run: RunSeries, title: str, subtitle: str = "") -> bytes:
     with style.report_style():
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.02, hspace=0.05)
         figure = Figure(figsize=(14, 7.6), dpi=130, facecolor="white", layout=layout)
-        title, subtitle = style.plain_label(title, 120), style.plain_label(subtitle, 200)
+        title, subtitle = plain_label(title, 120), plain_label(subtitle, 200)
         figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold")
         figure.supxlabel(subtitle, x=0.012, ha="left", fontsize=9, color=palette.MUTED)
         grid = figure.add_gridspec(2, 3)
@@ -51,7 +52,7 @@ def _panels(figure: Figure, cell: SubplotSpec, run: RunSeries, *panels: tuple[st
     count = len(panels)
     rows = _rows(figure, cell, count) if count > 1 else [figure.add_subplot(cell)]
     for ax, (heading, draw) in zip(rows, panels, strict=True):
-        if draw(ax, run) is None:
+        if not draw(ax, run):
             _empty(ax, "not recorded")
         elif ax is not rows[-1]:
             ax.set_xlabel("")
@@ -79,7 +80,7 @@ def _regimes(figure: Figure, cell: SubplotSpec, run: RunSeries) -> None:
     for ax, stratum in zip(rows, strata, strict=True):
         draw_regimes(ax, run, stratum)
         ax.set_yticks([0, run.regime_limit])
-        style.edge_label(ax, style.plain_label(stratum, 14), 0.5)
+        style.edge_label(ax, plain_label(stratum, 14), 0.5)
         if ax is not rows[-1]:
             ax.set_xlabel("")
             ax.tick_params(labelbottom=False)
@@ -97,7 +98,7 @@ def _regimes(figure: Figure, cell: SubplotSpec, run: RunSeries) -> None:
     )
 
 
-def _draw_drift(ax: Axes, run: RunSeries) -> str | None:
+def _draw_drift(ax: Axes, run: RunSeries) -> bool:
     """All strata in one panel: the larger of the two channels' drifts, relative to its budget."""
     ends: list[Label] = []
     peaks: list[float] = []
@@ -106,10 +107,10 @@ def _draw_drift(ax: Axes, run: RunSeries) -> str | None:
         if len(steps):
             color = palette.CYCLE[index % len(palette.CYCLE)]
             last = style.smooth_line(ax, steps, drift, color)
-            ends.append((last, style.plain_label(stratum, 14), color))
+            ends.append((last, plain_label(stratum, 14), color))
             peaks.append(float(drift.max()))
     if not ends:
-        return None
+        return False
     if run.any_budget:
         ax.axhline(1.0, color=palette.INK, linewidth=1.0, linestyle=palette.BUDGET_DASH)
         ends.append((1.0, "budget", palette.INK))
@@ -120,4 +121,4 @@ def _draw_drift(ax: Axes, run: RunSeries) -> str | None:
     style.step_axis(ax, run)
     ax.set_ylabel("share of budget" if run.any_budget else "nats per token")
     style.end_labels(ax, ends, size=8)
-    return "Drift by stratum."
+    return True

@@ -36,6 +36,17 @@ def number(value: object) -> float | None:
     return converted if math.isfinite(converted) else None
 
 
+FILES = ("metrics.jsonl", "summary.json", "config.yaml")
+
+LARGE = 256 * 1024**2
+"""Bytes of ``metrics.jsonl`` beyond which lines of training steps are left out evenly."""
+
+
+def is_run(run_dir: Path) -> bool:
+    """Whether a directory holds any of the files of a run."""
+    return any((run_dir / name).is_file() for name in FILES)
+
+
 def read_run(run_dir: Path) -> Run:
     """Read ``metrics.jsonl``, ``summary.json`` and ``config.yaml`` of a run, finished or not.
 
@@ -45,9 +56,8 @@ def read_run(run_dir: Path) -> Run:
     """
     if not run_dir.is_dir():
         raise DataError(f"{run_dir}: no such run directory; give the directory a training run made")
-    names = ("metrics.jsonl", "summary.json", "config.yaml")
-    metrics, summary_file, config = (run_dir / name for name in names)
-    if not any(path.is_file() for path in (metrics, summary_file, config)):
+    metrics, summary_file, config = (run_dir / name for name in FILES)
+    if not is_run(run_dir):
         raise DataError(
             f"{run_dir}: not a run directory, it holds none of metrics.jsonl, summary.json and "
             "config.yaml; give the directory a training run made"
@@ -94,29 +104,46 @@ def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
     Raises:
         DataError: If any other line is not a JSON object.
     """
-    lines = [(n, raw) for n, raw in enumerate(path.read_bytes().split(b"\n"), 1) if raw.strip()]
+    every = math.ceil(path.stat().st_size / LARGE) or 1
     records: list[Record] = []
-    for line_number, raw in lines:
-        try:
-            record = json.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError) as exc:
-            if line_number == lines[-1][0]:
-                note = (
-                    f"Line {line_number} of {path.name}, the last, is cut short and was skipped "
-                    "(the run was stopped while it wrote that line)."
+    torn: tuple[int, bytes, Exception] | None = None
+    with path.open("rb") as file:
+        for line_number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            if torn is not None:
+                raise _malformed(path, *torn)
+            if line_number % every and every > 1 and b'"eval"' not in raw[:40]:
+                continue
+            try:
+                record = json.loads(raw.decode("utf-8"))
+            except (ValueError, RecursionError) as exc:
+                torn = line_number, raw, exc
+                continue
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{path}:{line_number}: expected a JSON object with the metrics of one step, "
+                    f"found {_excerpt(raw)}; remove the line"
                 )
-                return records, [note]
-            raise DataError(
-                f"{path}:{line_number}: not valid JSON ({exc}); correct or remove the line: "
-                f"{_excerpt(raw)}"
-            ) from exc
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{path}:{line_number}: expected a JSON object with the metrics of one step, "
-                f"found {_excerpt(raw)}; remove the line"
-            )
-        records.append(record)
-    return records, []
+            records.append(record)
+    notes = []
+    if every > 1:
+        notes.append(
+            f"{path.name} is {path.stat().st_size / 1024**2:.0f} MB large: one in {every} of its "
+            "training steps is drawn."
+        )
+    if torn is not None:
+        notes.append(
+            f"Line {torn[0]} of {path.name}, the last, is cut short and was skipped "
+            "(the run was stopped while it wrote that line)."
+        )
+    return records, notes
+
+
+def _malformed(path: Path, line_number: int, raw: bytes, exc: Exception) -> DataError:
+    return DataError(
+        f"{path}:{line_number}: not valid JSON ({exc}); correct or remove the line: {_excerpt(raw)}"
+    )
 
 
 def _excerpt(raw: bytes) -> str:

@@ -1,8 +1,7 @@
-"""Axes and labels of the report's figures, and their colours on a page."""
+"""Axes and labels of the overview image."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,41 +12,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from fiberpo.palette import (
-    BLUE,
-    GREEN,
-    GREY,
-    GRID,
-    INK,
-    MUTED,
-    ORANGE,
-    PASS,
-    PURPLE,
-    RC,
-    ROLLBACK,
-    SKY,
-    VERMILLION,
-    ZEROED,
-)
+from fiberpo.palette import RC
+from fiberpo.report.curves import log_ticks
 from fiberpo.report.series import Array, RunSeries, smooth
-from fiberpo.report.tables import MINUS
-
-CSS_COLORS: dict[str, tuple[str, str, str]] = {
-    "ink": (INK, INK, "#e4e9ee"),
-    "muted": (MUTED, MUTED, "#9aa6b2"),
-    "grid": (GRID, GRID, "#2c353f"),
-    "blue": (BLUE, BLUE, "#4aa8e0"),
-    "vermillion": (VERMILLION, VERMILLION, "#f0824a"),
-    "green": (GREEN, GREEN, "#2fc39b"),
-    "purple": (PURPLE, "#b85f92", "#dd94bb"),
-    "orange": (ORANGE, "#c98b00", "#efb433"),
-    "sky": (SKY, "#2f9bd8", "#8ccdf5"),
-    "grey": (GREY, GREY, "#a3abb5"),
-    "pass": (PASS, PASS, "#2a3540"),
-    "rollback": (ROLLBACK, ROLLBACK, "#e8a200"),
-    "zeroed": (ZEROED, ZEROED, "#86c8f4"),
-}
-"""CSS variable -> colour as drawn, on a light page, on a dark page."""
+from fiberpo.report.tables import short
 
 Label = tuple[float, str, str]
 """Height in data coordinates, text and colour of a label at the right edge."""
@@ -59,20 +27,6 @@ def report_style() -> Iterator[None]:
     with matplotlib.rc_context(RC), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
         yield
-
-
-def plain_label(text: object, limit: int = 22) -> str:
-    """``text`` on one line, without control characters, cut to ``limit`` characters."""
-    cleaned = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"
-
-
-def short(value: float) -> str:
-    """Short decimal form for axis and line labels, without a needless exponent."""
-    text = f"{value:.3g}"
-    if "e" in text and 1e-5 <= abs(value) < 1e6:
-        text = f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1 else f"{value:.0f}"
-    return MINUS + text[1:] if text.startswith("-") else text
 
 
 # --- axes --------------------------------------------------------------------------------------
@@ -96,13 +50,7 @@ def log_axis(ax: Axes) -> None:
     """A logarithmic axis with three to six round values, on the limits that are set."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 1.8, 2, 2.5)):
-        ticks = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k <= high]
-        if len(ticks) >= 3:
-            break
-    ax.yaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 6) or 1]))
+    ax.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
     ax.yaxis.set_minor_locator(NullLocator())
 

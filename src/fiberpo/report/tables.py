@@ -77,6 +77,20 @@ def format_seconds(value: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def plain_label(text: object, limit: int = 22) -> str:
+    """``text`` on one line, without control characters, cut to ``limit`` characters."""
+    cleaned = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"
+
+
+def short(value: float) -> str:
+    """Short decimal form for axis and line labels, without a needless exponent."""
+    text = f"{value:.3g}"
+    if "e" in text and 1e-5 <= abs(value) < 1e6:
+        text = f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) < 1 else f"{value:.0f}"
+    return _minus(text)
+
+
 def _minus(text: str) -> str:
     return text.replace("-", MINUS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from .. import palette
 from ..errors import ObjectiveError
 from ..objective import Objective
-from ..recipes import RECIPES, fiberpo, from_name, grpo, gspo
+from ..recipes import fiberpo, from_name, grpo, gspo, parse_call
 from .drawing import PAGE, color_bar, draw_base_map, paper_style, plain, zero_lines
 from .responses import Array, Response, base_map, one_token, response, together
 
@@ -50,22 +49,10 @@ def parse_objective(text: str) -> Objective:
     >>> parse_objective("grpo").name
     'grpo'
     """
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        name, parameters = call, {}
-        if isinstance(call, ast.Call) and not call.args:
-            name = call.func
-            parameters = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        if not isinstance(name, ast.Name):
-            raise ValueError(text)
-    except (SyntaxError, ValueError) as error:
-        raise ObjectiveError(
-            f"cannot read the objective {text!r}; write its name, or the name with parameters as "
-            f"in fiberpo(budget=(0.2, 0.1), pessimistic=True). There are {', '.join(RECIPES)}"
-        ) from error
-    if name.id == "dr_grpo":
+    name, parameters = parse_call(text)
+    if name == "dr_grpo":
         parameters.setdefault("length", TOKENS)
-    return from_name(name.id, **parameters)
+    return from_name(name, **parameters)
 
 
 def positions() -> Array:

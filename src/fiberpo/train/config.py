@@ -70,6 +70,8 @@ class TrainConfig:
         save_every: rollouts between two checkpoints; the last one is kept.
         seed: of data, sampling and initialisation.
         tensorboard, trackio: log there too.
+        record: keep every optimizer step in ``recording`` below the run's directory, for replay,
+            suggest, doctor and report.
     """
 
     name: str | None = None
@@ -106,6 +108,7 @@ class TrainConfig:
     seed: int = 0
     tensorboard: bool = False
     trackio: bool = False
+    record: bool = False
 
     def __post_init__(self) -> None:
         for name in (

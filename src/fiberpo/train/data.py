@@ -15,8 +15,8 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 
+from fiberpo.columns import DOMAIN_ALIASES, find_column
 from fiberpo.errors import DataError
-from fiberpo.integrations.columns import DOMAIN_ALIASES, find_column
 
 logger = logging.getLogger(__name__)
 

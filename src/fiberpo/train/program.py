@@ -18,12 +18,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError, FiberPOWarning
 from ..integrations.trl import FiberPOConfig, FiberPOTrainer
+from ..recording import RUN_FOLDER
 from ..report.page import write_report
+from ..report.strata import strata_table
 from .callbacks import METRICS_FILE, Interruption, MetricsFile, RunCallback
 from .config import CONFIG_FILE, TRAINING_OBJECTIVE, TrainConfig
 from .heldout import Heldout, evaluate_heldout
 from .sources import Source, check_directory, load_model, load_source
-from .summary import samples, strata_table, versions
+from .summary import samples, versions
 
 BEFORE_FILE = "before.json"
 SUMMARY_FILE = "summary.json"
@@ -158,8 +160,6 @@ def _describe(config: TrainConfig, source: Source, model: Any, say: Any) -> None
         f"rollouts   {config.rollouts} x {config.prompts} prompts x {config.generations} answers, "
         f"{updates} update{'s' if updates > 1 else ''} each of {config.rows_per_update} answers"
     )
-    if updates == 1:
-        say("WARNING    one update per rollout: every log ratio is 0, no gate can act")
     for note in _notes(config):
         say(f"note       {note}")
 
@@ -236,6 +236,7 @@ def _trainer(
         save_steps=config.save_every * config.updates_per_rollout * config.passes_per_rollout,
         save_total_limit=1,
         dataloader_pin_memory=False,
+        record_to=str(config.run_dir / RUN_FOLDER) if config.record else None,
     )
     trainer = FiberPOTrainer(
         model,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from fiberpo.errors import DataError
+from .errors import DataError
 
 __all__ = [
     "DOMAIN_ALIASES",
     "GROUP_ALIASES",
+    "RECORDED_ALIASES",
     "STRATUM_ALIASES",
     "TRAJECTORY_ALIASES",
     "find_column",
@@ -37,6 +38,31 @@ STRATUM_ALIASES: Mapping[str, tuple[str, ...]] = {
     "trajectory": TRAJECTORY_ALIASES,
 }
 """The above by the stratum that they are ids of."""
+
+RECORDED_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "log_probs": (
+        "log_probs", "per_token_logps", "log_prob", "logprobs", "logps", "trainer_logprobs",
+    ),
+    "old_log_probs": (
+        "old_log_probs", "old_per_token_logps", "old_log_prob", "old_logprobs", "prev_logprobs",
+    ),
+    "rollout_log_probs": (
+        "rollout_log_probs", "sampling_per_token_logps", "rollout_log_prob", "rollout_logprobs",
+        "inference_logprobs", "generation_logprobs",
+    ),
+    "mask": ("mask", "completion_mask", "response_mask", "loss_mask"),
+    "advantages": ("advantages", "advantage"),
+    "token_ids": ("token_ids", "completion_ids", "response_ids", "responses"),
+    "entropies": ("entropies", "entropy"),
+    "rewards": ("rewards", "reward", "raw_reward", "score"),
+    "prompts": ("prompts", "prompt"),
+    "step": ("step", "global_step", "global_steps", "training_step", "iteration"),
+    "domain": DOMAIN_ALIASES,
+    "group": ("group", *GROUP_ALIASES),
+    "trajectory": ("trajectory", *TRAJECTORY_ALIASES),
+    "turn": ("turn", "turn_id"),
+}  # fmt: skip
+"""Columns of a recording by the names that other trainers give them."""
 
 
 def find_column(columns: Iterable[str], aliases: Sequence[str], what: str) -> str | None:
