@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 
 VERL_VENV ?= .venv-verl
 
-.PHONY: install train train-llm test test-fast test-slow test-verl test-deepspeed lint types check \
+.PHONY: install install-verl train train-llm test test-fast test-slow test-verl test-deepspeed lint types check \
 	browser picture bench clean
 
 install: $(INSTALLED)
@@ -47,7 +47,7 @@ test-fast: install
 	$(RUN) -m pytest -m "not slow" -n 2
 
 test-slow: $(VENV)/.smollm2
-	$(RUN) -m pytest -m slow -n 2
+	$(RUN) -m pytest -m slow -n 2 --dist loadfile
 
 # verl wants a transformers of its own. torch first and alone, as above
 $(VERL_VENV)/.installed: pyproject.toml constraints-verl.txt
@@ -57,6 +57,8 @@ $(VERL_VENV)/.installed: pyproject.toml constraints-verl.txt
 	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints-verl.txt -e ".[verl]" pytest hypothesis beartype
 	touch $@
+
+install-verl: $(VERL_VENV)/.installed
 
 test-verl: $(VERL_VENV)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VERL_VENV)/bin/python -m pytest tests/verl

@@ -83,6 +83,11 @@ class GateMap:
                 f"{sorted(reserved)} is not a stratum of contexts; the gate of the token stratum "
                 "is the argument `token` (`epsilon` in the recipes)"
             )
+        if isinstance(self.token, BudgetClip) and self.gates:
+            raise ObjectiveError(
+                f"BudgetClip shares a budget between the tokens of a state and stands alone, but "
+                f"there are gates at {sorted(self.gates)} above it; leave them out"
+            )
         object.__setattr__(self, "gates", MappingProxyType(dict(self.gates)))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -316,7 +316,7 @@ class Surrogate:
 
         The backward of ``-(coefficients * log_probs).sum()`` is the exact gradient of the loss.
         """
-        return -self.gradient.double()
+        return 0.0 - self.gradient.double()  # never -0.0
 
     @cached_property
     def weight(self) -> Float[Tensor, " N"]:

@@ -59,15 +59,15 @@ MUTANTS = [
     Mutant(
         "padded length as T in the weights",
         "weights.py",
-        "(trajectories * batch.trajectory_lengths)[batch.trajectory]",
-        "(trajectories * batch.trajectory_lengths.amax())",
+        "1.0 / (trajectories * batch.of_rows(batch.trajectory_lengths))",
+        "one / (trajectories * batch.trajectory_lengths.amax())",
         "test_weights.py::test_weights_by_hand[trajectory_mean]",
     ),
     Mutant(
         "padded length as T in the gate",
         "layout.py",
-        "rows = [omega, ones, *",
-        "rows = [omega, omega * batch.lengths.amax(), *",
+        "rows = [omega * tokens, tokens]",
+        "rows = [omega * tokens, omega * tokens * batch.lengths.amax()]",
         "test_hierarchy.py::test_rollback_coupling_of_a_domain_is_minus_mean_length_over_length",
     ),
     Mutant(
@@ -80,8 +80,8 @@ MUTANTS = [
     Mutant(
         "mask that renormalises",
         "objective.py",
-        "weight = weight * kept[batch.trajectory]",
-        "weight = weight * kept[batch.trajectory] / kept.double().mean()",
+        "scale = scale * batch.of_rows(kept)",
+        "scale = scale * batch.of_rows(kept) / kept.double().mean()",
         "test_masks.py::test_masked_loss_by_hand",
     ),
     Mutant(
@@ -174,15 +174,15 @@ MUTANTS = [
     Mutant(
         "dual clip on the wrong sign",
         "gates.py",
-        "high = torch.where(negative, top, high)",
-        "high = torch.where(negative, high, top)",
+        "GateCode.CLIP, (low, top, -math.inf, high)",
+        "GateCode.CLIP, (low, high, -math.inf, top)",
         "test_baselines.py::test_dual_clip_bounds_the_punished_side_only",
     ),
     Mutant(
         "PPO clips the side that the advantage opposes",
         "gates.py",
-        "negative = site.advantage_sign < 0",
-        "negative = site.advantage_sign > 0",
+        "negative, bound = site.advantage_sign < 0,",
+        "negative, bound = site.advantage_sign > 0,",
         "test_baselines.py::test_ppo_by_hand",
     ),
     Mutant(
@@ -487,5 +487,47 @@ MUTANTS = [
         "plan = objective.plan(part, mu=window.weights[0][where])",
         "plan = objective.plan(part)",
         "test_linear.py::test_trajectory_objectives_are_resident[grpo]",
+    ),
+    Mutant(
+        "torch backend: residual of a context without its parent",
+        "ops/eager.py",
+        "residual = mean - sums.of_parent(mean)",
+        "residual = mean",
+        "../ops/test_lowering.py::test_backends_are_the_gate_classes[domain-torch]",
+    ),
+    Mutant(
+        "torch backend: gradient forgets the children",
+        "ops/eager.py",
+        "merge(below - sums.children(below) - sums.own(own))",
+        "merge(below - sums.own(own))",
+        "../ops/test_lowering.py::test_backends_are_the_gate_classes[domain-torch]",
+    ),
+    Mutant(
+        "lowering: k of the aggregate gate left at 1",
+        "lowering.py",
+        "budget[:, here], slope[here] = gate.numbers(",
+        "budget[:, here], _ = gate.numbers(",
+        "../ops/test_lowering.py::test_backends_are_the_gate_classes[rolled back-torch]",
+    ),
+    Mutant(
+        "lowering: channels of a token budget swapped",
+        "lowering.py",
+        "(*pairs[:, 0].tolist(), float(slope))",
+        "(*pairs[:, 0].flip(0).tolist(), float(slope))",
+        "../ops/test_lowering.py::test_backends_are_the_gate_classes[token aggregate-torch]",
+    ),
+    Mutant(
+        "C++: gradient forgets the children",
+        "ops/cpu_sweeps.h",
+        "D[plan.parent[c]] -= own;",
+        "D[plan.parent[c]] -= 0 * own;",
+        "../ops/test_lowering.py::test_backends_are_the_gate_classes[domain-cpu]",
+    ),
+    Mutant(
+        "weights within a row taken from its first token",
+        "weights.py",
+        "return torch.repeat_interleave(share, strata.segment_lengths)",
+        "return share[:1].expand(len(batch))",
+        "../ops/test_lowering.py::test_weights_of_turns_by_hand",
     ),
 ]

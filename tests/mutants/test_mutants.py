@@ -13,7 +13,7 @@ import fiberpo
 from mutants.table import MUTANTS
 
 SOURCE = Path(fiberpo.__file__).parent
-CORE = [*sorted(SOURCE.glob("*.py")), *sorted((SOURCE / "ops").glob("*.py"))]
+CORE = [*sorted(SOURCE.glob("*.py")), *sorted((SOURCE / "ops").glob("*.*"))]
 RED, GREEN = 1, 0  # exit codes of pytest; anything else is a test that did not run
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,8 @@ def results(tmp_path_factory):
         text = path.read_text()
         if text.count(mutant.old) == 1:
             path.write_text(text.replace(mutant.old, mutant.new))
-            compile(path.read_text(), str(path), "exec")
+            if path.suffix == ".py":
+                compile(path.read_text(), str(path), "exec")
             jobs[f"m{i}"] = [mutant.killer]
     (workdir / "jobs.json").write_text(json.dumps(jobs))
     driver = Path(__file__).with_name("driver.py")

@@ -37,7 +37,7 @@ OBJECTIVES = {
     ),
     "group mean": recipes.grpo(weights="group_mean"),
     "turn mean": recipes.fiberpo((0.08, 0.05), weights="turn_mean"),
-    "aggregate gate at tokens": dataclasses.replace(
+    "token aggregate": dataclasses.replace(
         recipes.ppo(), gate_map=GateMap(SignedLog(), {}, gates.AggregateGate((0.1, 0.05), 2.0))
     ),
     "masked": dataclasses.replace(
@@ -223,3 +223,10 @@ def test_weights_that_differ_within_a_row_are_one_a_token():
     for name in ("token_mean", "trajectory_mean", "trajectory_sum", "group_mean"):
         assert Weights.parse(name).shares(batch).shape == (batch.rows,)
     assert fiberpo.recipes.grpo().plan(batch).mu.shape == (len(batch),)
+
+
+def test_weights_of_turns_by_hand():
+    """Turns of 1, 2 and 3 tokens weigh the same: 1/3, 1/6 and 1/9 a token."""
+    batch = packed([0.0] * 6, [1.0, 1.0], [3, 3], labels={"turn": torch.tensor([0, 1, 1, 0, 0, 0])})
+    expected = [1 / 3, 1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9]
+    assert Weights.parse("turn_mean").shares(batch).tolist() == pytest.approx(expected)

@@ -1,0 +1,127 @@
+"""The tables of `docs/performance.md`, written from `benchmarks/results/*.json`.
+
+    python benchmarks/page.py [--check]
+
+``--check`` changes nothing and exits with 1 where the page is not what the files say.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/performance.md"
+METHODS = ("fiberpo", "fiberpo pessimistic", "fiberpo_domain", "grpo", "gspo")
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head, rows):
+    """A markdown table; numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def label(name):
+    kind, _, method = name.partition(": ")
+    if kind == "C++":
+        return f"**ours, kernel**: {method}"
+    if kind == "objective, cpu":
+        return f"ours, objective: {method}"
+    return {"floor": "the floor"}.get(name, f"{kind}: {method}")
+
+
+def losses(size):
+    """Rows that matter of one size, fastest first, with ratios to the floor and to ours."""
+    ratios = size["times_floor"]
+    wanted = [
+        name for name in ratios
+        if name == "floor" or name.startswith(("C++", "objective, cpu", "TRL", "Liger", "verl"))
+        or name.startswith("torch.compile")
+    ]  # fmt: skip
+    rows = []
+    for name in sorted(wanted, key=ratios.get):
+        method = name.rpartition(": ")[2]
+        mine = ratios.get(f"C++: {method}")
+        seconds = size["seconds"].get(name)
+        other = mine is not None and not name.startswith(("C++", "objective"))
+        rows.append([
+            label(name), "" if seconds is None else f"{1e3 * seconds:.3g}", f"{ratios[name]:.2f}",
+            f"{ratios[name] / mine:.1f}" if other else "",
+        ])  # fmt: skip
+    return table(["", "ms", "x floor", "x our kernel of that method"], rows)
+
+
+def machine(found):
+    about = found["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v)
+    verl = next((s["verl"] for s in found["sizes"] if s.get("verl")), None)
+    return (
+        f"{about['cpu']}, {about['cores']} shared cores, one thread; Python {about['python']}, "
+        f"PyTorch {about['torch']}, {about['compiler']}; beside {versions}"
+        f"{f', verl {verl}' if verl else ''}."
+    )
+
+
+def steps(found):
+    columns = ("rollout", "phase 1", "phase 2", "statistics", "optimizer", "other", "whole step")
+    rows = [
+        [name, *(f"{1e3 * row[c]:.0f}" for c in columns), f"{row['ratio']:.2f}",
+         f"{row['ratio without rollout']:.2f}", ", ".join(row["routes"])]
+        for name, row in found["rows"].items()
+    ]  # fmt: skip
+    head = ["", *columns, "x GRPO", "x GRPO without rollout", "routes of a rollout"]
+    return table(head, rows)
+
+
+def contexts(found):
+    last = found["growth"]["contexts"][-1]
+    whole, count = last["C++"]["seconds"], last["contexts"]
+    return (
+        f"{count:,} contexts cost {1e9 * whole / count:.0f} ns each, {1e3 * whole:.0f} ms in all."
+    )
+
+
+def blocks():
+    """Name of a mark -> what stands there."""
+    loss, guard = read("loss"), json.loads((ROOT / "benchmarks/baselines/loss.json").read_text())
+    large = max((s for s in loss["sizes"] if s["threads"] == 1), key=lambda s: s["tokens"])
+    small = min((s for s in loss["sizes"] if s["threads"] == 1), key=lambda s: s["tokens"])
+    key = "{} / exp(new - old)".format
+    times = guard[key("fiberpo metrics")]["baseline"] / guard[key("fiberpo")]["baseline"]
+    return {
+        "machine": machine(loss),
+        "loss": f"{large['tokens']:,} tokens, one thread:\n\n{losses(large)}",
+        "small": losses(small),
+        "metrics": f"{times:.0f} times the kernel of FiberPO at a million tokens",
+        "contexts": contexts(read("growth")),
+        "step": steps(read("exact_step")),
+    }
+
+
+def fill(text):
+    for name, block in blocks().items():
+        mark = re.compile(rf"(<!-- bench: {name} -->)(\n?).*?(<!-- end -->)", re.DOTALL)
+        assert mark.search(text), name
+        text = mark.sub(lambda m, b=block: m[1] + m[2] + b + m[2] + m[3], text)
+    return text
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    text = PAGE.read_text()
+    found = fill(text)
+    if options.check:
+        sys.exit(f"{PAGE.name} is not what benchmarks/results say" if found != text else 0)
+    PAGE.write_text(found)
+    print(f"written: {PAGE.name}")
+
+
+if __name__ == "__main__":
+    main()
