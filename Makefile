@@ -111,7 +111,7 @@ bench: $(VENV)/.bench
 	$(RUN) benchmarks/linear_logprob.py
 	$(RUN) benchmarks/exact_step.py
 	$(RUN) benchmarks/scale.py
-	$(RUN) benchmarks/recording.py
+	$(RUN) benchmarks/recording.py --json benchmarks/results/recording.json
 	$(RUN) benchmarks/replay.py
 	$(RUN) benchmarks/page.py
 

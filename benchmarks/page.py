@@ -1,8 +1,8 @@
-"""The tables of `docs/performance.md`, written from `benchmarks/results/*.json`.
+"""The tables of `docs/performance.md` and others, written from `benchmarks/results/*.json`.
 
     python benchmarks/page.py [--check]
 
-``--check`` changes nothing and exits with 1 where the page is not what the files say.
+``--check`` changes nothing and exits with 1 where a page is not what the files say.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/performance.md"
+RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
 METHODS = ("fiberpo", "fiberpo pessimistic", "fiberpo_domain", "grpo", "gspo")
 
 
@@ -86,8 +86,67 @@ def contexts(found):
     )
 
 
+def replayed(found):
+    def rate(part, name):
+        return f"{found[part][name]['tokens_per_second'] / 1e6:.1f}"
+
+    rows = [
+        [name, rate("in_all", name), rate("array_work", f"{name}, 2 threads"),
+         rate("coefficients_only", name)]
+        for name in ("fiberpo_domain", "grpo", "gspo", "all three")
+    ]  # fmt: skip
+    head = ["million tokens a second", "in all", "array work, 2 threads", "coefficients, 1 thread"]
+    peak = found["peak_mb"]
+    return {
+        "replay": table(head, rows),
+        "replay memory": (
+            f"Peak memory with `grpo`: {peak['10 steps']:.0f} MB after 10 steps, "
+            f"{peak['all steps']:.0f} MB after 250, of which {peak['imports']:.0f} MB are imports."
+        ),
+    }
+
+
+def recorded(found):
+    names = {
+        "log-probs, advantages, ids": "log-probs, advantages a row, two labels",
+        "and token ids, entropies": "and token ids and entropies",
+        "and advantages a token": "and advantages a token",
+        "the first, answers of 16 tokens": "the first, rows of 16 tokens",
+    }
+    rows = [
+        [names[name], f"{r['bytes_a_token']:.1f}", f"{r['write_tokens_per_s'] / 1e6:.0f}",
+         f"{r['read_tokens_per_s'] / 1e6:.0f}"]
+        for name, r in found["native"].items()
+    ]  # fmt: skip
+    rows += [
+        [f"{name}, the first", f"{r['bytes_a_token']:.1f}", "",
+         f"{r['read_tokens_per_s'] / 1e6:.1f}"]
+        for name, r in found["foreign"].items()
+    ]  # fmt: skip
+    train = found["fiberpo train"]
+    return {
+        "recording": table(
+            ["kept", "bytes a token", "written, M tokens/s", "read, M tokens/s"], rows
+        ),
+        "recording share": (
+            f"In `fiberpo train` with the embedded model recording takes "
+            f"{100 * train['share_of_training']:.1f} % of the time of training, and "
+            f"{100 * train['share_of_updates']:.1f} % of the updates alone, without rollouts."
+        ),
+    }
+
+
+def pages():
+    """Page -> name of a mark -> what stands there."""
+    return {
+        "performance.md": blocks(),
+        "replay.md": replayed(read("replay")),
+        "recording.md": recorded(read("recording")),
+    }
+
+
 def blocks():
-    """Name of a mark -> what stands there."""
+    """The marks of the performance page."""
     loss, guard = read("loss"), json.loads((ROOT / "benchmarks/baselines/loss.json").read_text())
     large = max((s for s in loss["sizes"] if s["threads"] == 1), key=lambda s: s["tokens"])
     small = min((s for s in loss["sizes"] if s["threads"] == 1), key=lambda s: s["tokens"])
@@ -103,8 +162,9 @@ def blocks():
     }
 
 
-def fill(text):
-    for name, block in blocks().items():
+def fill(text, blocks):
+    """A page with its marks filled."""
+    for name, block in blocks.items():
         mark = re.compile(rf"(<!-- bench: {name} -->)(\n?).*?(<!-- end -->)", re.DOTALL)
         assert mark.search(text), name
         text = mark.sub(lambda m, b=block: m[1] + m[2] + b + m[2] + m[3], text)
@@ -115,12 +175,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    text = PAGE.read_text()
-    found = fill(text)
-    if options.check:
-        sys.exit(f"{PAGE.name} is not what benchmarks/results say" if found != text else 0)
-    PAGE.write_text(found)
-    print(f"written: {PAGE.name}")
+    for name, found in pages().items():
+        path = DOCS / name
+        text = path.read_text()
+        filled = fill(text, found)
+        if options.check and filled != text:
+            sys.exit(f"{name} is not what benchmarks/results say; run benchmarks/page.py")
+        path.write_text(filled)
+    print("the pages are what benchmarks/results say")
 
 
 if __name__ == "__main__":
