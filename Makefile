@@ -105,8 +105,8 @@ picture: install browser
 	$(BIN)/python docs/screenshot.py runs/picture/report.html docs/images
 
 # each program refuses to print a time where its own check is red
-bench: $(VENV)/.bench
-	$(RUN) benchmarks/loss.py $(if $(wildcard $(VERL_VENV)/.installed),--with-verl $(VERL_VENV)/bin/python)
+bench: $(VENV)/.bench $(VERL_VENV)/.installed
+	$(RUN) benchmarks/loss.py --compile --with-verl $(VERL_VENV)/bin/python
 	$(RUN) benchmarks/growth.py
 	$(RUN) benchmarks/linear_logprob.py
 	$(RUN) benchmarks/exact_step.py

@@ -125,9 +125,11 @@ def ours(data):
             plan.of_segments(batch.given_advantages), plan.of_segments(plan.shares),
         )  # fmt: skip
         rows[f"C++: {name}"] = lambda inputs=inputs: cpu.evaluate(*inputs).gradient
-        if name in ("fiberpo", "grpo"):
+        slow = name in ("fiberpo", "grpo")
+        if slow:
             rows[f"torch: {name}"] = lambda inputs=inputs: eager.evaluate(*inputs).gradient
-            for backend in ("cpu", "reference"):
+        if name != "fiberpo pessimistic":
+            for backend in ("cpu", *(["reference"] if slow else [])):
 
                 def loss(leaf, objective=objective, plan=plan, backend=backend):
                     found = batch.with_log_probs(leaf)
@@ -211,6 +213,13 @@ def padded_grpo(new, old, advantages):
     return -torch.min(first, second).mean(-1).mean()
 
 
+def padded_gspo(new, old, advantages):
+    """GSPO as it is usually written; no token is padded here."""
+    ratio = torch.exp((new - old).mean(-1))
+    clipped = ratio.clamp(1 - GSPO[0], 1 + GSPO[1])
+    return -torch.min(ratio * advantages, clipped * advantages).mean()
+
+
 def padded_fiberpo(new, old, advantages):
     """FiberPO through autograd; no token is padded here."""
     ratio, k = new - old, new.shape[1]
@@ -276,10 +285,10 @@ def verl(data):
             return found[0]
 
         call = backward(loss, new)
-        if name == "grpo":
-            leaf = new.double().requires_grad_()
-            padded_grpo(leaf, old.double(), advantages.double()).backward()
-            check("verl: grpo", call(), leaf.grad.flatten(), PEER_BOUND, PEER_RARE)
+        plain = {"grpo": padded_grpo, "gspo": padded_gspo}[name]
+        truth = new.double().requires_grad_()
+        plain(truth, old.double(), advantages.double()).backward()
+        check(f"verl: {name}", call(), truth.grad.flatten(), PEER_BOUND, PEER_RARE)
         rows[f"verl: {name}"] = call
     return rows
 

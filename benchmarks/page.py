@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
-METHODS = ("fiberpo", "fiberpo pessimistic", "fiberpo_domain", "grpo", "gspo")
+PEERS = {"fiberpo": "grpo", "grpo": "grpo", "gspo": "gspo"}
+"""What a method of ours is compared with."""
 
 
 def read(name):
@@ -30,8 +31,12 @@ def label(name):
     kind, _, method = name.partition(": ")
     if kind == "C++":
         return f"**ours, kernel**: {method}"
-    if kind == "objective, cpu":
-        return f"ours, objective: {method}"
+    if kind == "torch":
+        return f"ours, kernel, backend torch: {method}"
+    if kind.startswith("objective, "):
+        backend = kind.removeprefix("objective, ")
+        more = "" if backend == "cpu" else f", backend {backend}"
+        return f"ours, objective{more}: {method}"
     return {"floor": "the floor"}.get(name, f"{kind}: {method}")
 
 
@@ -40,20 +45,19 @@ def losses(size):
     ratios = size["times_floor"]
     wanted = [
         name for name in ratios
-        if name == "floor" or name.startswith(("C++", "objective, cpu", "TRL", "Liger", "verl"))
-        or name.startswith("torch.compile")
+        if name == "floor" or not name.startswith(("torch.sub", "eager autograd"))
     ]  # fmt: skip
     rows = []
     for name in sorted(wanted, key=ratios.get):
         method = name.rpartition(": ")[2]
-        mine = ratios.get(f"C++: {method}")
+        mine = ratios.get(f"objective, cpu: {method}")
         seconds = size["seconds"].get(name)
-        other = mine is not None and not name.startswith(("C++", "objective"))
+        other = mine is not None and not name.startswith(("C++", "objective, cpu"))
         rows.append([
             label(name), "" if seconds is None else f"{1e3 * seconds:.3g}", f"{ratios[name]:.2f}",
             f"{ratios[name] / mine:.1f}" if other else "",
         ])  # fmt: skip
-    return table(["", "ms", "x floor", "x our kernel of that method"], rows)
+    return table(["", "ms", "x floor", "x our objective of that method"], rows)
 
 
 def machine(found):
@@ -136,6 +140,47 @@ def recorded(found):
     }
 
 
+def aims(large, linear):
+    """What was aimed at, what was found."""
+    x = large["times_floor"]
+
+    def against(peer, method):
+        theirs = x[f"{peer}: {PEERS[method]}"]
+        return theirs / x[f"C++: {method}"], theirs / x[f"objective, cpu: {method}"]
+
+    rows = []
+
+    def row(what, aim, found, met):
+        rows.append([what, aim, found, "met" if met else "**missed**"])
+
+    row("FiberPO kernel, x floor", "5", f"{x['C++: fiberpo']:.1f}", x["C++: fiberpo"] <= 5)
+    whole = x["objective, cpu: fiberpo"]
+    row("FiberPO objective, x floor", "5", f"{whole:.1f}", whole <= 5)
+    for method in ("fiberpo", "grpo", "gspo"):
+        for peer in ("TRL", "verl"):
+            if f"{peer}: {PEERS[method]}" in x:
+                kernel, entire = against(peer, method)
+                row(
+                    f"{method} faster than {peer}'s {PEERS[method]}, kernel; objective", "20 times",
+                    f"{kernel:.0f}; {entire:.0f}", min(kernel, entire) >= 20,
+                )  # fmt: skip
+    kernel = x["C++: fiberpo_domain"] / x["C++: fiberpo"]
+    entire = x["objective, cpu: fiberpo_domain"] / x["objective, cpu: fiberpo"]
+    row(
+        "FiberPO-Domain, x FiberPO, kernel; objective", "1.3", f"{kernel:.2f}; {entire:.2f}",
+        max(kernel, entire) <= 1.3,
+    )  # fmt: skip
+    ours = {r["name"]: r for r in linear["rows"]}
+    peak = ours["TRL, logits in memory"]["peak_mb"]
+    for name in ("ours, frozen", "ours, resident (FiberPO)", "ours, two-phase"):
+        ratio, memory = ours[name]["x_floor_unchunked"], peak / ours[name]["peak_mb"]
+        row(
+            f"linear_logprob {name.removeprefix('ours, ')}, x its products; memory of TRL style",
+            "1.1; 1/8", f"{ratio:.2f}; 1/{memory:.1f}", ratio <= 1.1 and memory >= 8,
+        )  # fmt: skip
+    return table(["aim, CPU, one thread", "at most / at least", "found", ""], rows)
+
+
 def pages():
     """Page -> name of a mark -> what stands there."""
     return {
@@ -156,6 +201,7 @@ def blocks():
         "machine": machine(loss),
         "loss": f"{large['tokens']:,} tokens, one thread:\n\n{losses(large)}",
         "small": losses(small),
+        "aims": aims(large, read("linear_logprob")),
         "metrics": f"{times:.0f} times the kernel of FiberPO at a million tokens",
         "contexts": contexts(read("growth")),
         "step": steps(read("exact_step")),

@@ -6,9 +6,10 @@
 //   finish:  what the aggregates add to the gradient
 // Where every row is a context of its own and nothing stands above, the three follow each other
 // row by row, in cache. Sums are taken in float64 and in an order that does not depend on threads.
-// float32 log-probs with a clip (or nothing) at the token take a float32 path: comparisons there
-// are made on log ratios, which are exact differences, against bounds rounded inwards, so that no
-// regime differs from that of float64.
+// float32 log-probs with a clip (or nothing) at the token take a float32 path: log ratios are
+// differences in float32 (exact where the two log-probs are within a factor of two, else rounded to
+// nearest), compared with bounds rounded inwards. A token within half a unit in the last place of
+// a bound can fall on its other side than in float64.
 
 #include <algorithm>
 #include <cmath>

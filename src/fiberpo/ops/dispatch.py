@@ -84,6 +84,6 @@ def choose(name: str, plan: GatePlan, log_probs: Tensor) -> Backend:
 @cache
 def _say_once(name: str, reasons: tuple[str, ...]) -> None:
     logger.warning(
-        "the fused backend %r cannot serve (%s); torch operations do, several times slower",
+        "the fused backend %r cannot serve (%s); torch operations do, some hundred times slower",
         name, "; ".join(reasons),
     )  # fmt: skip

@@ -4,7 +4,7 @@ A backend never sees a gate class: a method that is composed from the gates belo
 its own. What a backend computes, for tokens ``i`` in segments ``s`` (a segment is a run of tokens
 with one row and one leaf context):
 
-    l_i    = log_probs_i - old_log_probs_i                                   (float64)
+    l_i    = log_probs_i - old_log_probs_i                         (at least float32)
     x_ch,i = first(decompose(l_i))                                           per channel
     S_ch,c = sum_{i below c} omega_i x_ch,i / mass_c                         per context
     h_ch,c = g_c(S_ch,c - S_ch,parent(c))              S_parent = 0 at a root
