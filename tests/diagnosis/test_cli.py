@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from diagnosis.cases import batch
-from fiberpo import recipes
+from fiberpo import MaxDivergence, recipes
 from fiberpo.cli import main
 from fiberpo.cli.recordings import _split
+from fiberpo.corrections import TruncatedIS, corrected
 from fiberpo.recording import Recorder
 
 OBJECTIVE = recipes.fiberpo_domain(
@@ -17,8 +18,8 @@ OBJECTIVE = recipes.fiberpo_domain(
 )
 
 
-def write(path, count=8, **settings):
-    with Recorder(path, OBJECTIVE, settings={"updates_per_rollout": 4, **settings}) as recorder:
+def write(path, count=8, objective=OBJECTIVE, **settings):
+    with Recorder(path, objective, settings={"updates_per_rollout": 4, **settings}) as recorder:
         for i in range(count):
             recorder.record(i + 1, batch(i, fresh=i % 4 == 0))
     return path
@@ -62,8 +63,54 @@ def test_replay(fiberpo, run, tmp_path):
     assert found["first_updates"] == 2
     code, out, _ = fiberpo("replay", run, "--json", "-")
     assert [o["name"] for o in json.loads(out)["objectives"]] == ["recorded"]
-    code, out, _ = fiberpo("replay", run, "--epsilon", "0.1", "--json", "-")
-    assert "epsilon=0.1" in json.loads(out)["objectives"][0]["objective"]
+
+
+def replayed(fiberpo, run, *arguments):
+    code, out, err = fiberpo("replay", run, *arguments, "--json", "-")
+    assert code == 0, err
+    return {o["name"]: o["objective"] for o in json.loads(out)["objectives"]}
+
+
+def test_replay_changes_what_was_recorded(fiberpo, run, tmp_path):
+    """Flags are parameters of the recorded objective; what they do not name stays."""
+    budgets = {"domain": (0.14, 0.14), "group": (0.06, 0.06), "trajectory": (0.09, 0.09)}
+    for objective in ((), ("--objective", "recorded")):
+        changed = replayed(fiberpo, run, *objective, "--epsilon", "0.1", "--pessimistic")
+        assert changed == {
+            "changed": str(recipes.fiberpo_domain(budgets, epsilon=0.1, pessimistic=True))
+        }
+        changed = replayed(fiberpo, run, *objective, "--budget", "trajectory=0.002,0.001",
+                           "--compare", "recorded")  # fmt: skip
+        mine = {**budgets, "trajectory": (0.002, 0.001)}
+        assert changed == {
+            "changed": str(recipes.fiberpo_domain(mine, epsilon=0.3)), "recorded": str(OBJECTIVE)
+        }  # fmt: skip
+    made = recipes.fiberpo((0.2, 0.1), epsilon=0.05, mask=MaxDivergence(0.5))
+    made = corrected(made, factors=[TruncatedIS(2.0)])
+    with Recorder(tmp_path / "factors", made) as recorder:
+        recorder.record(1, batch(rollout_log_probs=batch().old_log_probs))
+    (changed,) = replayed(fiberpo, tmp_path / "factors", "--epsilon", "0.1").values()
+    assert changed == str(made).replace("epsilon=0.05", "epsilon=0.1") != str(made)
+
+
+@pytest.mark.parametrize(
+    ("objective", "arguments", "said"),
+    [
+        (recipes.gspo(0.1), ("--budget", "trajectory=0.1,0.1"), "gspo has no parameter 'budgets'"),
+        (recipes.grpo(0.1), ("--pessimistic",), "grpo has no parameter 'pessimistic'"),
+        (recipes.grpo(0.1), ("--epsilon", "2"), "epsilon"),
+        (recipes.fiberpo(), ("--budget", "domain=0.1,0.1"), "fiberpo has one budget"),
+        (None, ("--epsilon", "0.1"), "does not say which objective"),
+        (None, ("--objective", "gspo(epsilon=0.1)", "--epsilon", "0.2"), "epsilon is given twice"),
+    ],
+)
+def test_replay_refuses_what_does_not_apply(fiberpo, tmp_path, objective, arguments, said):
+    """Nothing is left out, and no other objective takes the place of the recorded one."""
+    code, out, err = fiberpo("replay", write(tmp_path / "run", 1, objective), *arguments)
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert "--objective" in err
 
 
 def test_commas_inside_brackets():
@@ -113,11 +160,17 @@ def test_doctor_of_settings(fiberpo, tmp_path):
     path.write_text(yaml.safe_dump(warned))
     assert fiberpo("doctor", path)[0] == 0
     assert fiberpo("doctor", path, "--strict")[0] == 1
+    path.write_text("steps_per_generation: 4\n")  # bf16 by TRL's default
+    assert "bf16-log-probs" in fiberpo("doctor", path)[1]
     trl = tmp_path / "trl.json"
     trl.write_text(json.dumps({"gradient_accumulation_steps": 4}))
     code, out, _ = fiberpo("doctor", trl)
     assert code == 1
     assert "steps_per_generation = 4" in out
+    code, out, err = fiberpo("doctor", trl, "--column", "log_probs=lp")
+    assert (code, out) == (2, "")
+    assert "--column 'log_probs=lp'" in err
+    assert "settings" in err
 
 
 BAD = {

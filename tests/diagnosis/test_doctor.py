@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from fiberpo.diagnosis import (
     exit_code,
     suggest,
 )  # fmt: skip
+from fiberpo.diagnosis.settings import TRL_DEFAULTS
 from fiberpo.recording import RecordedStep, Recorder
 
 SETTINGS = {"updates_per_rollout": 4, "generations": 4}
@@ -75,6 +76,8 @@ def test_every_finding_says_what_to_change():
         ),
         ({"actor_rollout_ref.actor.ppo_mini_batch_size": 64, "data.train_batch_size": 64},
          "data.train_batch_size = 64"),
+        ({"data": {"train_batch_size": 256}, "actor": {}}, "ppo_mini_batch_size = 256"),
+        ({"actor_rollout_ref.actor.ppo_mini_batch_size": 1024}, "data.train_batch_size = 1024"),
     ],
 )  # fmt: skip
 def test_inert_gates_of_settings(settings, cause):
@@ -88,13 +91,14 @@ def test_inert_gates_of_settings(settings, cause):
     "settings",
     [
         {"updates_per_rollout": 1, "passes_per_rollout": 2},
-        {"steps_per_generation": 8, "gradient_accumulation_steps": 4},
-        {"num_iterations": 2, "num_generations": 8},
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 4, "fp16": True},
+        {"num_iterations": 2, "num_generations": 8, "bf16": False},
         {"data.train_batch_size": 64, "actor_rollout_ref.actor.ppo_mini_batch_size": 16},
         {"data.train_batch_size": 64, "actor_rollout_ref.actor.ppo_mini_batch_size": 64,
          "actor_rollout_ref.actor.ppo_epochs": 2},
         {"data.train_batch_size": 64, "actor_rollout_ref.actor.ppo_mini_batch_size": 64,
          "algorithm.rollout_correction.bypass_mode": True},
+        {"actor_rollout_ref.rollout.n": 8},
     ],
 )  # fmt: skip
 def test_several_updates_are_fine(settings):
@@ -150,7 +154,8 @@ def test_cut_groups():
     """Fewer answers of a prompt in a step than were sampled."""
     assert codes(examine(recorded(run(), settings={"updates_per_rollout": 4, "generations": 8}))) \
         == {"cut-groups"}  # fmt: skip
-    cut = {"per_device_train_batch_size": 2, "steps_per_generation": 8, "num_generations": 4}
+    cut = {"per_device_train_batch_size": 2, "steps_per_generation": 8, "num_generations": 4,
+           "bf16": False}  # fmt: skip
     assert codes(examine_config(cut)) == {"cut-groups"}
     whole = {**cut, "per_device_train_batch_size": 8}
     assert examine_config(whole) == []
@@ -184,11 +189,46 @@ def test_bf16_log_probs(name):
     """Seen in the values themselves."""
     found = [f for f in examine(recorded(rounded(name))) if f.code == "bf16-log-probs"]
     assert found[0].numbers["columns"] == [name]
-    assert "bf16-log-probs" in codes(
-        examine_config({"steps_per_generation": 2, "bf16": True, "num_generations": 8})
-    )
-    cast = {"steps_per_generation": 2, "bf16": True, "cast_lm_head_to_fp32": True}
-    assert examine_config(cast) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "fires"),
+    [
+        ({}, True),
+        ({"bf16": None, "fp16": None}, True),
+        ({"bf16": True}, True),
+        ({"fp16": False, "cast_lm_head_to_fp32": False}, True),
+        ({"bf16": False}, False),
+        ({"fp16": True}, False),
+        ({"cast_lm_head_to_fp32": True}, False),
+        ({"bf16": True, "cast_lm_head_to_fp32": True}, False),
+    ],
+)
+def test_bf16_of_trl(given, fires):
+    """TRL takes bf16 unless it is told otherwise."""
+    found = examine_config({"steps_per_generation": 2, **given})
+    assert codes(found) == ({"bf16-log-probs"} if fires else set())
+
+
+def test_answers_to_a_prompt_of_trl():
+    """8 by default: windows of 4 cut them."""
+    cut = {"per_device_train_batch_size": 4, "steps_per_generation": 8, "bf16": False}
+    (found,) = examine_config(cut)
+    assert found.code == "cut-groups"
+    assert found.numbers == {"window": 4, "generations": 8}
+    assert examine_config({**cut, "num_generations": 4}) == []
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_defaults_of_trl():
+    """Those of the installed one."""
+    trl = pytest.importorskip("trl")
+    defaults = {f.name: f.default for f in fields(trl.GRPOConfig)}
+    assert {name: defaults[name] for name in TRL_DEFAULTS} == dict(TRL_DEFAULTS)
+    made = {fp16: trl.GRPOConfig(use_cpu=True, report_to="none", fp16=fp16) for fp16 in (0, 1)}
+    assert [made[fp16].bf16 for fp16 in (0, 1)] == [True, False]
+    assert made[0].steps_per_generation == made[0].gradient_accumulation_steps
 
 
 def test_few_values_do_not_show_a_precision():
@@ -313,10 +353,10 @@ def test_idle_stratum():
 
 def test_local_aggregates():
     """Gates above the trajectory, per micro-batch."""
-    settings = {"steps_per_generation": 4, "split_mode": "local"}
+    settings = {"steps_per_generation": 4, "split_mode": "local", "bf16": False}
     assert codes(examine_config(settings, objective=TIDY)) == {"local-aggregates"}
     assert examine_config(settings, objective=recipes.fiberpo(epsilon=0.04)) == []
-    assert examine_config({"steps_per_generation": 4}, objective=TIDY) == []
+    assert examine_config({**settings, "split_mode": "exact"}, objective=TIDY) == []
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
@@ -330,8 +370,8 @@ def test_denominators_of_the_host(mode):
     }  # fmt: skip
     wrong = {"double-division"} if mode == "token-mean" else set()
     assert codes(examine_config(settings)) == wrong
-    slime = {**SETTINGS, "calculate_per_token_loss": True}
-    assert codes(examine_config(slime, objective=TIDY)) == {"double-division"}
+    del settings["actor_rollout_ref"]["actor"]["loss_agg_mode"]  # token-mean, by default
+    assert codes(examine_config(settings)) == {"double-division"}
 
 
 def test_gradient_that_arrived():
@@ -379,7 +419,7 @@ def test_settings_of_nobody():
 def test_an_objective_that_is_refused():
     """By its recipe, or by the steps."""
     settings = {"steps_per_generation": 4, "objective": "grpo", "objective_kwargs": {"cliff": 1}}
-    (found,) = examine_config(settings)
+    (found,) = examine_config({**settings, "bf16": False})
     assert (found.code, found.severity) == ("objective-refused", "error")
     assert "cliff" in found.seen
     plain = [RecordedStep(i, batch(i, labels={})) for i in range(2)]

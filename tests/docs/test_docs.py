@@ -232,7 +232,7 @@ def test_settings_of_training_are_documented():
         assert f"| `{name}` | `{default!r}` |" in text, name
     from fiberpo.cli import train
 
-    flags = {"set_": "--set"}
+    flags = {"set_": "--set", "json_": "--json"}
     for parameter in inspect.signature(train).parameters:
         assert f"`{flags.get(parameter, '--' + parameter.replace('_', '-'))}" in text, parameter
 

@@ -220,6 +220,31 @@ def test_mistakes_end_without_a_traceback(tmp_path, arguments, said, monkeypatch
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_summary_for_other_programs(start, tmp_path, monkeypatch, capfd):
+    """``--json -`` prints it and nothing else; ``--json FILE`` beside the tables."""
+    command = [
+        "fiberpo", "train", "--model", f"{start}/model", "--reward", f"{start}/reward.py:vowels",
+        "--rollouts", "1", "--output", str(tmp_path),
+    ]  # fmt: skip
+    for text in ("prompts=4", "generations=4", "heldout_prompts=2", "max_completion_length=4"):
+        command += ["--set", text]
+
+    def call(*more):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+        return capfd.readouterr()
+
+    said = call("--name", "a", "--json", "-")
+    assert json.loads(said.out) == json.loads((tmp_path / "a/summary.json").read_text())
+    assert "report: " in said.err
+    assert "rollouts   1" in said.err
+    said = call("--name", "b", "--json", str(tmp_path / "b.json"))
+    assert json.loads((tmp_path / "b.json").read_text())["name"] == "b"
+    assert "Held-out reward" in said.out
+
+
 def test_the_command_is_installed():
     """``python -m fiberpo`` is the same program."""
     command = [sys.executable, "-m", "fiberpo", "train", "--set", "promts=3"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RecordingError
 from .app import app
 from .completion import complete_run
 from .options import TERMINAL, Json, objective_kwargs, write_json
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 RECORDED = "recorded"
 """The name of the objective that a recording was made with."""
+
+CHANGED = "changed"
+"""The name of that objective with parameters from the command line."""
 
 Run = Annotated[
     Path,
@@ -40,7 +43,7 @@ def replay(
     run: Run,
     objective: Annotated[
         str | None,
-        typer.Option(help="As grpo, or 'gspo(epsilon=0.02)'; by default the recorded one."),
+        typer.Option(help="As grpo, or 'gspo(epsilon=0.02)'; by default recorded."),
     ] = None,
     budget: Annotated[
         list[str] | None,
@@ -127,6 +130,11 @@ def doctor(
     from ..diagnosis.tables import print_findings
 
     if path.is_file() and path.suffix in (".yaml", ".yml", ".json"):
+        if column:
+            raise ConfigError(
+                f"--column {column[0]!r} names a column of recorded steps, and {path} is read as "
+                "settings; leave it out, or name a recording (parquet, JSONL, or a directory)"
+            )
         settings = read_settings(path)
         values, objective = _training(path, settings)
         found = examine_config(values, objective=objective)
@@ -177,31 +185,62 @@ def _objectives(
     """Name -> objective, the main one first."""
     from ..recipes import from_name, parse_call
 
-    changed = bool(budget) or epsilon is not None or pessimistic is not None
-    if objective is None and changed:
-        objective = "fiberpo_domain"
-    if objective is None:
-        objective = RECORDED
-    texts = [objective, *(text for many in compare for text in _split(many))]
+    main = RECORDED if objective is None else objective
+    texts = [main, *(text for many in compare for text in _split(many))]
     found: dict[str, Objective] = {}
     for i, text in enumerate(texts):
+        flags = ([], None, None) if i else (budget, epsilon, pessimistic)
+        key = text
         if text == RECORDED:
-            known = recording.objective()
-            if known is None:
-                raise ConfigError(
-                    f"{recording.path} does not say which objective it was made with; name one "
-                    "with --objective"
-                )
-            made = known
+            known = _recorded(recording)
+            changes = objective_kwargs(known.name, *flags, {})
+            made = _change(recording, known, changes) if changes else known
+            key = CHANGED if changes else RECORDED
         else:
             name, parameters = parse_call(text)
-            if not i:
-                parameters = objective_kwargs(name, budget, epsilon, pessimistic, parameters)
-            made = from_name(name, **parameters)
-        if text in found:
-            raise ConfigError(f"the objective {text!r} is named twice")
-        found[text] = made
+            changes = objective_kwargs(name, *flags, {})
+            twice = sorted(set(parameters) & set(changes))
+            if twice:
+                raise ConfigError(
+                    f"{twice[0]} is given twice, in --objective {text!r} and by an option of its "
+                    "own; leave one of them out"
+                )
+            made = from_name(name, **parameters, **changes)
+        if key in found:
+            raise ConfigError(f"the objective {key!r} is named twice")
+        found[key] = made
     return found
+
+
+def _recorded(recording: Any) -> Objective:
+    known: Objective | None = recording.objective()
+    if known is None:
+        raise ConfigError(
+            f"{recording.path} does not say which objective it was made with; name one with "
+            "--objective"
+        )
+    return known
+
+
+def _change(recording: Any, known: Objective, changes: dict[str, Any]) -> Objective:
+    """The recorded objective with other parameters; a budget replaces that of its stratum."""
+    from dataclasses import replace
+
+    from ..recording.manifest import encode
+
+    if "budgets" in changes and "budgets" in known.parameters:
+        changes = {**changes, "budgets": {**known.parameters["budgets"], **changes["budgets"]}}
+    manifest = recording.manifest
+    try:
+        made: Objective = replace(
+            manifest, parameters={**manifest.parameters, **encode(changes)}
+        ).build_objective()
+    except RecordingError as error:
+        raise ConfigError(
+            f"the recorded objective is {known.name}, and does not take these options: "
+            f"{error.__cause__}. Name an objective that does with --objective"
+        ) from error
+    return made
 
 
 def _columns(texts: list[str] | None) -> dict[str, str] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ import yaml
 from ..errors import ConfigError
 from .app import app
 from .completion import complete_objective, complete_run
-from .options import objective_kwargs
+from .options import TERMINAL, Json, objective_kwargs, write_json
 
 
 @app.command(epilog="Example: fiberpo train --objective gspo --epsilon 0.02 --rollouts 50 --seed 1")
@@ -68,6 +70,7 @@ def train(
         bool | None,
         typer.Option("--record", help="Keep every step for replay, suggest, doctor and report."),
     ] = None,
+    json_: Json = None,
 ) -> None:
     """Train a language model by RL with any objective, and write a report.
 
@@ -105,11 +108,14 @@ def train(
         base.objective, budget or [], epsilon, pessimistic, base.objective_kwargs
     )
     settings = base.replace(objective_kwargs=parameters)
-    summary = run(settings, resume=resume is not None, overwrite=overwrite)
-    print_summary(summary)
-    print(f"\nreport: {settings.run_dir / 'report.html'}")
+    say = partial(print, file=sys.stderr) if json_ == TERMINAL else print
+    summary = run(settings, resume=resume is not None, overwrite=overwrite, say=say)
+    if json_ != TERMINAL:
+        print_summary(summary)
+    write_json(json_, summary)
+    say(f"\nreport: {settings.run_dir / 'report.html'}")
     if summary["interrupted"]:
-        print(f"continue with: fiberpo train --resume {settings.run_dir}")
+        say(f"continue with: fiberpo train --resume {settings.run_dir}")
         raise typer.Exit(130)
 
 

@@ -1,7 +1,8 @@
 """What a host's settings say before anything has run.
 
 Three hosts are told apart by their keys: ``fiberpo train``, TRL, and verl (nested, or with dotted
-names). Settings that are not given are taken at the host's own defaults.
+names). Settings that are not given are taken at the host's own defaults; verl's ``rollout.n``,
+whose default of 1 belongs to its default of GAE, is left open.
 """
 
 from __future__ import annotations
@@ -23,6 +24,18 @@ _TRL = {"steps_per_generation", "num_generations", "num_iterations", "per_device
         "gradient_accumulation_steps", "generation_batch_size"}  # fmt: skip
 _VERL = {"actor_rollout_ref", "actor", "algorithm"}
 
+TRL_DEFAULTS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_iterations": 1,
+    "num_generations": 8, "fp16": False, "cast_lm_head_to_fp32": False,
+}  # fmt: skip
+"""`trl.GRPOConfig` of TRL 1.16; its ``bf16`` is ``not fp16`` where it is not set."""
+
+VERL_DEFAULTS: Mapping[str, Any] = {
+    "data.train_batch_size": 1024, "actor.ppo_mini_batch_size": 256, "actor.ppo_epochs": 1,
+    "actor.loss_agg_mode": "token-mean",
+}  # fmt: skip
+"""verl's ``trainer/config/_generated_ppo_trainer.yaml``, without ``actor_rollout_ref``."""
+
 
 @dataclass(frozen=True)
 class HostSettings:
@@ -36,7 +49,7 @@ class HostSettings:
         generations: answers to a prompt, where the settings say.
         window: answers in one optimizer step (of one process).
         cuts: into how many optimizer steps the answers of a rollout are cut.
-        raw: everything as given.
+        raw: everything as given, with the host's defaults.
     """
 
     host: str = ""
@@ -90,7 +103,7 @@ def _given(settings: Mapping[str, Any], name: str) -> float | None:
     return value
 
 
-def _number(settings: Mapping[str, Any], name: str, default: float) -> float:
+def _number(settings: Mapping[str, Any], name: str, default: float = 1) -> float:
     value = _given(settings, name)
     return default if value is None else value
 
@@ -111,10 +124,16 @@ def _train(flat: Mapping[str, Any]) -> HostSettings:
     )  # fmt: skip
 
 
-def _trl(flat: Mapping[str, Any]) -> HostSettings:
-    accumulation = _number(flat, "gradient_accumulation_steps", 1)
-    size = _number(flat, "per_device_train_batch_size", 8)
-    iterations = _number(flat, "num_iterations", 1)
+def _filled(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**defaults, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _trl(given: Mapping[str, Any]) -> HostSettings:
+    flat = _filled(TRL_DEFAULTS, given)
+    flat.setdefault("bf16", not flat["fp16"])
+    accumulation = _number(flat, "gradient_accumulation_steps")
+    size = _number(flat, "per_device_train_batch_size")
+    iterations = _number(flat, "num_iterations")
     whole = _given(flat, "generation_batch_size")
     implied = accumulation if whole is None else whole / (size * _number(flat, "world_size", 1))
     steps = _number(flat, "steps_per_generation", implied)
@@ -129,17 +148,18 @@ def _trl(flat: Mapping[str, Any]) -> HostSettings:
 
 
 def _verl(flat: Mapping[str, Any]) -> HostSettings:
-    short = {k.removeprefix("actor_rollout_ref."): v for k, v in flat.items()}
-    train, mini = _given(short, "data.train_batch_size"), _given(short, "actor.ppo_mini_batch_size")
-    epochs, generations = _number(short, "actor.ppo_epochs", 1), _given(short, "rollout.n")
-    updates = window = None
-    if train and mini and not short.get("algorithm.rollout_correction.bypass_mode"):
-        updates = train / mini * epochs
-    if mini and generations:
-        window = int(mini * generations)
+    given = {k.removeprefix("actor_rollout_ref."): v for k, v in flat.items()}
+    short = _filled(VERL_DEFAULTS, given)
+    train, mini = (
+        _number(short, "data.train_batch_size"),
+        _number(short, "actor.ppo_mini_batch_size"),
+    )
+    epochs, generations = _number(short, "actor.ppo_epochs"), _given(short, "rollout.n")
+    bypassed = short.get("algorithm.rollout_correction.bypass_mode")
+    window = int(mini * generations) if generations else None
     return HostSettings(
-        "verl", updates,
-        f"data.train_batch_size = {train}, actor.ppo_mini_batch_size = {mini}, "
+        "verl", None if bypassed else train / mini * epochs,
+        f"data.train_batch_size = {train:g}, actor.ppo_mini_batch_size = {mini:g}, "
         f"actor.ppo_epochs = {epochs:g}",
         "Lower actor.ppo_mini_batch_size, or raise actor.ppo_epochs.",
         _whole(generations), window, 1.0, short,
@@ -281,21 +301,15 @@ def _division(host: HostSettings, objective: Objective | None) -> list[Finding]:
     if objective is None:
         return []
     kind, raw = objective.weights.kind, host.raw
-    seen = change = None
     mode = raw.get("actor.loss_agg_mode")
-    if host.host == "verl" and mode is not None and ALIASES.get(mode) != kind:
-        name = next((theirs for theirs, ours in ALIASES.items() if ours == kind), None)
-        seen = f"actor.loss_agg_mode is {mode!r}, and {objective.name} aggregates with {kind}."
-        change = f"Set actor.loss_agg_mode={name}." if name else "Use weights that verl knows."
-    per_token = raw.get("calculate_per_token_loss")
-    if per_token is not None and bool(per_token) != (kind == "token_mean"):
-        seen = f"calculate_per_token_loss is {per_token}, and {objective.name} weighs with {kind}."
-        change = "Switch it, or give the recipe the other weights."
-    if seen is None or change is None:
+    if host.host != "verl" or ALIASES.get(str(mode)) == kind:
         return []
+    name = next((theirs for theirs, ours in ALIASES.items() if ours == kind), None)
+    change = f"Set actor.loss_agg_mode={name}." if name else "Use weights that verl knows."
     return [
         Finding(
-            "double-division", "error", seen,
+            "double-division", "error",
+            f"actor.loss_agg_mode is {mode!r}, and {objective.name} aggregates with {kind}.",
             "The host divides by a count of its own on top of the weights of the objective: the "
             "loss would be scaled, answer by answer.",
             change, {"weights": kind},
@@ -305,11 +319,12 @@ def _division(host: HostSettings, objective: Objective | None) -> list[Finding]:
 
 def _bf16(host: HostSettings) -> list[Finding]:
     raw = host.raw
-    if host.host != "trl" or raw.get("bf16") is not True or raw.get("cast_lm_head_to_fp32") is True:
+    if host.host != "trl" or not raw["bf16"] or raw["cast_lm_head_to_fp32"]:
         return []
     return [
         Finding(
-            "bf16-log-probs", "warning", "bf16 = True with cast_lm_head_to_fp32 = False.",
+            "bf16-log-probs", "warning",
+            "bf16 = True with cast_lm_head_to_fp32 = False (TRL's defaults where neither is set).",
             "Logits in bf16 round log-probs by up to 2^-8 of their size, which is of the size of "
             "the drifts that gates above the token measure.",
             "Set cast_lm_head_to_fp32=True; the rest of the model may stay in bf16.",
