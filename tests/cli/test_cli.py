@@ -22,6 +22,7 @@ from fiberpo.cli.app import ORDER, app
 from fiberpo.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
+PICTURE = ROOT / "docs" / "images" / "report.png"
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -86,7 +87,11 @@ def test_version() -> None:
         (["train", "--rollouts", "many"], "Invalid value for '--rollouts'"),
         (["report"], "Missing argument 'RUN'"),
         (["report", "/nowhere"], "/nowhere: no such run"),
+        (["lab", "--seed", "-1"], "Invalid value for '--seed'"),
         (["report", __file__], "neither a run"),
+        (["report", "/dev/null"], "neither a file nor a directory"),
+        (["doctor", "/dev/null"], "neither a file nor a directory"),
+        (["train", "--config", str(PICTURE)], "report.png is not YAML"),
         (["train", "--set", "tasks=["], "--set 'tasks=[': the value is not YAML"),
         (["bounds", "--length", "4", "--kl-max", "0.1", "--json", "/"], "--json /"),
     ],
@@ -187,6 +192,11 @@ def test_completion_of_the_shell_is_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout.split() == ["fiberpo", "fiberpo_domain"]
     assert done.stderr.strip() == "[]"
+
+
+def test_a_link_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert through_main(monkeypatch, "report", str(tmp_path / "loop")) == 2
 
 
 def test_report_command(tmp_path: Path) -> None:

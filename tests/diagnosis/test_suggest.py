@@ -1,6 +1,7 @@
 """Suggested budgets do what they say when they are replayed."""
 
 import ast
+import json
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from diagnosis.cases import DOMAINS, Memory, batch, steps
-from fiberpo import FiberPOError, RatioBatch, recipes
+from fiberpo import DataError, FiberPOError, RatioBatch, recipes
 from fiberpo.cli.options import objective_kwargs
 from fiberpo.diagnosis import replay, suggest
 from fiberpo.diagnosis.quantiles import SLACK, Sample, budget_at, clip_at, gated_share
-from fiberpo.recording import RecordedStep
+from fiberpo.diagnosis.suggesting import Suggestion
+from fiberpo.recording import RecordedStep, open_recording
 from fiberpo.train.config import make_config
 
 STRATA = ("domain", "group", "trajectory")
@@ -237,3 +239,20 @@ def test_random_numbers_do_not_matter():
     first = suggest(Memory(steps(3)))
     torch.manual_seed(2)
     assert suggest(Memory(steps(3)), workers=1).as_dict() == first.as_dict()
+
+
+def test_an_option_is_as_short_as_its_number() -> None:
+    """The digits that give the number again, no more."""
+    found = Suggestion(
+        0.1, 0.1, (), {"domain": (0.0085, 0.0085), "trajectory": (0.1, 0.07)}, 0.07, 1, 0, ()
+    )
+    assert "--budget domain=0.0085,0.0085 " in found.flags()
+    assert found.flags().endswith("--epsilon 0.07")
+
+
+def test_a_recording_without_tokens(tmp_path) -> None:
+    path = tmp_path / "x.jsonl"
+    row = {"step": 1, "log_probs": [], "old_log_probs": [], "advantages": 1.0}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"x\.jsonl has no loss token"):
+        suggest(open_recording(path))

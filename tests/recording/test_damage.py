@@ -211,3 +211,33 @@ def test_nothing_there(tmp_path):
     Recorder(tmp_path).close(complete=False)
     with pytest.raises(RecordingError, match="no whole step yet"):
         open_recording(tmp_path)
+
+
+def test_a_manifest_that_is_gone(whole):
+    """Neither called an unrecorded run nor read as a foreign file of rows."""
+    (whole / "manifest.json").unlink()
+    with pytest.raises(RecordingError, match=r"shards of a recording, but no manifest\.json"):
+        open_recording(whole)
+
+
+def test_many_shards_that_are_gone(whole):
+    """Three are named, the others counted."""
+    for step in range(4, 9):
+        with (whole / "index.rank-0000.jsonl").open("a") as file:
+            name = f"step-{step:08d}.rank-0000.npz"
+            entry = {"file": name, "step": step, "rows": 1, "tokens": 1, "bytes": 9}
+            file.write(json.dumps(entry) + "\n")
+    for shard in whole.rglob("*.npz"):
+        shard.unlink()
+    with pytest.raises(RecordingError, match=r"; and 5 more\)") as error:
+        open_recording(whole)
+    assert str(error.value).count("is missing") == 3
+
+
+def test_a_directory_whose_name_is_not_utf8(tmp_path):
+    """Its tokenizer is read all the same."""
+    path = tmp_path / os.fsdecode(b"run-\xff")
+    run(path)
+    recording = open_recording(path)
+    assert recording.problems == []
+    assert next(recording.iterate()).batch.rows

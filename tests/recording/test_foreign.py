@@ -1,6 +1,7 @@
 """Files of other trainers: read as the batch that their rows describe, or refused in words."""
 
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -407,6 +408,35 @@ def test_a_run_that_was_not_recorded(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(RecordingError, match=r"it holds notes\.txt\. A recording is"):
         open_recording(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "pipe"])
+def test_devices_and_pipes_are_none(tmp_path, name):
+    """Neither is opened: a read of a pipe would wait for ever."""
+    path = tmp_path / name
+    if name == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(RecordingError, match="neither a file nor a directory, but a device"):
+        open_recording(path)
+
+
+def test_steps_that_are_no_numbers(tmp_path):
+    """The column is named."""
+    rows = [{**row, "step": "first"} for row in renamed(make_rows(), TRL)]
+    path = write(tmp_path / "x.jsonl", rows)
+    with pytest.raises(RecordingError, match=r"x\.jsonl: column 'step' holds string, not numbers"):
+        _ = open_recording(path).steps
+
+
+@pytest.mark.parametrize("theirs", [TRL["advantages"], TRL["old_log_probs"]])
+def test_text_where_numbers_belong(tmp_path, theirs):
+    """File and column are named."""
+    rows = renamed(make_rows(), TRL)
+    for row in rows:
+        row[theirs] = [str(x) for x in row[theirs]] if isinstance(row[theirs], list) else "x"
+    path = write(tmp_path / "x.jsonl", rows)
+    with pytest.raises(RecordingError, match=rf"x\.jsonl: column '{theirs}': it holds string"):
+        list(open_recording(path).iterate())
 
 
 def test_a_directory_of_runs(tmp_path):

@@ -180,7 +180,9 @@ def test_resume_of_our_trainer(tmp_path):
     for step in (1, 2):
         assert torch.equal(after[step].log_probs, before[step].log_probs)
     torch.testing.assert_close(after[3].log_probs, before[3].log_probs, atol=1e-5, rtol=0)
-    with pytest.raises(RecordingError, match=r"steps 1 to 4.*overwrite=True"):
+    with pytest.raises(
+        RecordingError, match=r"steps 1 to 4.*remove the directory, or pass overwrite=True to"
+    ):
         ours(tmp_path, record_to=str(path), **settings)[0].train()
     fresh, _ = ours(tmp_path, **settings)
     record(fresh, path, overwrite=True)

@@ -246,3 +246,17 @@ def test_figures_are_what_plotly_knows(tmp_path: Path) -> None:
         for figure in data_of(render_html(read_sources(chosen)))["panels"]:
             painted = re.sub(r'"var\(--\w+\)( [\d.]+)?"', '"#123456"', json.dumps(figure))
             go.Figure(json.loads(painted))
+
+
+def test_progress_of_reading(tmp_path: Path) -> None:
+    """After every step, up to the tokens that were to be read; of each recording for itself."""
+    paths = [make_run(tmp_path / name, ["token"], steps=4) for name in ("a", "b")]
+    for path in paths:
+        record(path / "recording", steps=3)
+    seen: list[tuple[int, int]] = []
+    read_sources(paths, lambda done, total: seen.append((done, total)))
+    total = open_recording(paths[0]).tokens
+    assert [at for _, at in seen] == [total] * 6
+    done = [at for at, _ in seen]
+    assert 0 < done[0] < done[1] < done[2] == total
+    assert done[3:] == done[:3]

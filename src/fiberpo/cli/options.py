@@ -1,8 +1,10 @@
-"""Objectives and budgets from command-line text."""
+"""What several commands share: JSON, a progress bar, objectives and budgets from text."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +37,31 @@ def write_json(target: str | None, values: Any) -> None:
         Path(target).write_text(text)
     except OSError as error:
         raise ConfigError(f"--json {target}: {error.strerror}; name a file, or -") from error
+
+
+@contextmanager
+def progress_bar(total: int | None, what: str) -> Iterator[Callable[..., None]]:
+    """A bar on standard error, for commands that read recordings; none where nobody looks.
+
+    It takes the tokens done so far, and the new total where that changes.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(what), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+        TextColumn("{task.fields[done]} tokens"), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=None if total is None else max(total, 1), done="0")
+
+        def show(tokens: int, of: int | None = total) -> None:
+            bar.update(task, completed=tokens, total=of and max(of, 1), done=f"{tokens:,}")
+
+        yield show
 
 
 def _parse_budget(text: str) -> tuple[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 from ..errors import ConfigError, RecordingError
 from .app import app
 from .completion import complete_run
-from .options import TERMINAL, Json, objective_kwargs, write_json
+from .options import TERMINAL, Json, objective_kwargs, progress_bar, write_json
 
 if TYPE_CHECKING:
     from ..objective import Objective
@@ -71,7 +70,7 @@ def replay(
 
     recording = open_recording(run, columns=_columns(column))
     chosen = _objectives(recording, objective, compare or [], budget or [], epsilon, pessimistic)
-    with _progress(recording.tokens, "replaying") as progress:
+    with progress_bar(recording.tokens, "replaying") as progress:
         result = work(recording, chosen, progress=progress)
     if json_ != TERMINAL:
         print_replay(result)
@@ -101,7 +100,7 @@ def suggest(
 
     recording = open_recording(run, columns=_columns(column))
     names = None if strata is None else [name.strip() for name in strata.split(",")]
-    with _progress(recording.tokens, "measuring drifts") as progress:
+    with progress_bar(recording.tokens, "measuring drifts") as progress:
         result = work(
             recording, activity=activity, token_activity=token_activity, strata=names,
             per_domain=per_domain, progress=progress,
@@ -272,24 +271,6 @@ def _split(text: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
-
-
-@contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error that takes the tokens done so far; none where nobody looks."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn(what), BarColumn(), TextColumn("{task.percentage:.0f} %"),
-        TextColumn("{task.fields[done]} tokens"), TimeRemainingColumn(),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=max(total, 1), done="0")
-        yield lambda tokens: bar.update(task, completed=tokens, done=f"{tokens:,}")
 
 
 __all__ = ["doctor", "replay", "suggest"]

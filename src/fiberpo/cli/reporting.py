@@ -9,7 +9,7 @@ import typer
 
 from .app import app
 from .completion import complete_run
-from .options import TERMINAL, Json, write_json
+from .options import TERMINAL, Json, progress_bar, write_json
 
 if TYPE_CHECKING:
     from ..report.sources import Source
@@ -42,7 +42,8 @@ def report(
     from ..report.page import write_sources
     from ..report.sources import read_sources
 
-    sources = read_sources(runs)
+    with progress_bar(None, "reading recordings") as progress:
+        sources = read_sources(runs, progress)
     written = write_sources(sources, out)
     write_json(json_, _described(sources, written))
     if json_ == TERMINAL:

@@ -22,7 +22,7 @@ def lab(
         str | None, typer.Option(help="Claims whose name or source contains this.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of the random cases; verdicts do not depend on it.")
+        int, typer.Option(min=0, help="Of the random cases; verdicts do not depend on it.")
     ] = 0,
 ) -> None:
     """Try every statement of the papers; print claim, place, verdict and worst case.

@@ -106,10 +106,10 @@ class Suggestion:
             named = budget if isinstance(budget, dict) else {"": budget}
             for name, pair in named.items():
                 place = f"{stratum}:{name}" if name else stratum
-                text = f"{place}={pair[0]:.16g},{pair[1]:.16g}"
+                text = f"{place}={pair[0]!r},{pair[1]!r}"
                 found.append(f"--budget {_quoted(text)}")
         if self.epsilon is not None:
-            found.append(f"--epsilon {self.epsilon:.16g}")
+            found.append(f"--epsilon {self.epsilon!r}")
         return " ".join([*found, *(["--pessimistic"] if self.pessimistic else [])])
 
     def python(self) -> str:
@@ -176,6 +176,8 @@ def suggest(
         work.collect(*done)
         if progress is not None:
             progress(work.tokens)
+    if not work.steps and not work.fresh:
+        raise DataError(f"{recording.path} has no loss token, so there is no drift to measure")
     if not work.steps:
         raise DataError(
             f"every log ratio is 0 in all {len(work.fresh)} recorded steps, so there is no drift "

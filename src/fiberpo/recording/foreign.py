@@ -15,8 +15,9 @@ from ..errors import RecordingError
 from .files import JSON_SUFFIXES, PARQUET_SUFFIXES, column_names, count_tokens, read_tables
 from .manifest import MANIFEST_FILE, UNITS, Manifest
 from .reader import RUN_FOLDER, RecordedStep, Recording
-from .shards import Columns
-from .tables import STRATA, Block, Rows, find_names
+from .shards import FOLDER, Columns
+from .tables import STRATA, Block, Rows, find_names, step_numbers
+from .writer import index_name
 
 CHUNK = 2**22
 """Tokens of one step that are held in memory; a larger step comes in several items."""
@@ -97,8 +98,8 @@ class TableRecording(Recording):
         found: set[int] = set()
         for source in self._readable:
             for table in read_tables(source.path, [self._names["step"]], self._note, 2**16):
-                values = table[self._names["step"]].to_pylist()
-                found.update(int(v) for v in values if v is not None)
+                name = self._names["step"]
+                found.update(step_numbers(table[name], f"{source.path}: column {name!r}"))
         return sorted(found)
 
     @cached_property
@@ -179,11 +180,22 @@ def open_foreign(path: Path, columns: Mapping[str, str]) -> Recording:
     if path.is_file():
         _refuse_suffix(path)
         return TableRecording(path, [path], path.suffix[1:], columns)
+    if not path.is_dir():
+        raise RecordingError(
+            f"{path} is no recording: it is neither a file nor a directory, but a device, a pipe "
+            "or a socket"
+        )
     exports = path if path.name == "token_exports" else path / "token_exports"
     for root in (exports, path):
         found = sorted(root.glob("step_*/rank_*.jsonl"))
         if found:
             return TableRecording(root, found, "prime-rl", columns)
+    headless = next((p for p in (path / RUN_FOLDER, path) if _is_headless(p)), None)
+    if headless is not None:
+        raise RecordingError(
+            f"{headless} has the shards of a recording, but no {MANIFEST_FILE}; restore it from a "
+            "copy"
+        )
     folders = [path, *sorted(p for p in path.iterdir() if p.is_dir())]
     inside = [p for folder in folders if not _is_run(folder) for p in sorted(folder.iterdir())]
     for suffixes in (PARQUET_SUFFIXES, JSON_SUFFIXES):
@@ -209,6 +221,11 @@ def _describe(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 def _is_run(path: Path) -> bool:
     return (path / "metrics.jsonl").exists() or (path / "trainer_state.json").exists()
+
+
+def _is_headless(path: Path) -> bool:
+    """Whether the manifest of a native recording is gone."""
+    return (path / FOLDER).is_dir() and any(path.glob(index_name(0)))
 
 
 def _nothing(path: Path) -> str:

@@ -137,7 +137,7 @@ class NativeRecording(Recording):
         if not self.steps:
             raise RecordingError(
                 f"{path} holds no whole step yet"
-                + (f" ({'; '.join(self.problems)})" if self.problems else "")
+                + (f" ({_shortened(self.problems)})" if self.problems else "")
             )
 
     def _add(self, shard: Path, entry: dict[str, int] | None) -> None:
@@ -208,6 +208,11 @@ class NativeRecording(Recording):
                 step, whole.batch, whole.token_ids, whole.entropies, whole.rewards, whole.prompts,
                 _text=self._text,
             )  # fmt: skip
+
+
+def _shortened(problems: list[str]) -> str:
+    rest = len(problems) - 3
+    return "; ".join(problems[:3]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def open_recording(path: str | Path, *, columns: Mapping[str, str] | None = None) -> Recording:

@@ -50,7 +50,8 @@ def find_names(columns: Sequence[str], given: Mapping[str, str], where: str) -> 
             column = find_column(columns, aliases, name)
         except DataError as error:
             raise RecordingError(
-                f"{where}: {error}; or say which: columns={{{name!r}: ...}}"
+                f"{where}: {error}; or say which: columns={{{name!r}: ...}}, "
+                f"or --column {name}=NAME"
             ) from error
         if column is not None:
             found[name] = column
@@ -61,7 +62,7 @@ def find_names(columns: Sequence[str], given: Mapping[str, str], where: str) -> 
             raise RecordingError(
                 f"{where} has no column for {name}: looked for "
                 f"{', '.join(RECORDED_ALIASES[name])}; it has {', '.join(columns) or 'none'}. Name "
-                f"it with columns={{{name!r}: ...}}"
+                f"it with columns={{{name!r}: ...}}, or --column {name}=NAME"
             )
     return found
 
@@ -208,7 +209,7 @@ class Rows:
             if not _is_list(column.type):
                 if name in TOKEN_COLUMNS:
                     self._refuse_kind(name, column)
-                values = _numbers(column)
+                values = self._numbers(name, column)
                 block.rows[name] = values
                 if name == "advantages":
                     block.tokens[name] = np.repeat(values, lengths)
@@ -223,7 +224,7 @@ class Rows:
                     f"{self.where}, row {first + row}: {self.names[name]!r} has {found[row]} "
                     f"values, {self.names['log_probs']!r} has {raw_lengths[row]}"
                 )
-            values = _numbers(_flat(column))
+            values = self._numbers(name, _flat(column))
             block.tokens[name] = values if mask is None else values[mask]
         if "rewards" in block.tokens:  # the same on all tokens of a row
             values = block.tokens.pop("rewards")
@@ -255,7 +256,7 @@ class Rows:
             raise RecordingError(
                 f"{self.where} has one row a token, and no column says which trajectory a token "
                 f"belongs to: looked for {', '.join(RECORDED_ALIASES['trajectory'])}; name it with "
-                "columns={'trajectory': ...}"
+                "columns={'trajectory': ...}, or --column trajectory=NAME"
             )
         codes = np.zeros(len(table), dtype=np.int64)
         for name in ("step", "trajectory"):
@@ -288,7 +289,7 @@ class Rows:
                     f"{self.where}, row {first}: {self.names[name]!r} is a list where "
                     f"{self.names['log_probs']!r} is a number; give one value a token"
                 )
-            values = _numbers(column)
+            values = self._numbers(name, column)
             if name == "rewards":
                 block.rows[name] = values[starts]
             else:
@@ -310,7 +311,7 @@ class Rows:
             elif pa.types.is_null(kind):
                 self._leave_out(name, "it is empty")
             elif name == "step":
-                values = _numbers(column)
+                values = self._numbers(name, column)
                 if np.isnan(values.astype(np.float64)).any():
                     raise RecordingError(f"{self.where}: {self.names[name]!r} is empty in a row")
                 found[name] = values.astype(np.int64)
@@ -319,6 +320,12 @@ class Rows:
             else:
                 found[name] = [None if v is None else str(v) for v in column.to_pylist()]
         return found
+
+    def _numbers(self, name: str, column: Any) -> np.ndarray:
+        try:
+            return _numbers(column)
+        except RecordingError as error:
+            raise RecordingError(f"{self.where}: column {self.names[name]!r}: {error}") from error
 
     def _refuse_kind(self, name: str, column: Any) -> None:
         raise RecordingError(
@@ -360,6 +367,18 @@ def _flat(column: Any) -> Any:
     return pc.list_flatten(column)
 
 
+def step_numbers(column: Any, where: str) -> set[int]:
+    """Numbers of the steps in a column, without those that are null.
+
+    Raises:
+        RecordingError: if it holds something else than numbers.
+    """
+    try:
+        return {int(v) for v in column.to_pylist() if v is not None}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RecordingError(f"{where} holds {column.type}, not numbers of steps") from error
+
+
 def _numbers(column: Any) -> np.ndarray:
     """Numbers, NaN where null."""
     import pyarrow as pa
@@ -374,5 +393,5 @@ def _numbers(column: Any) -> np.ndarray:
         column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
     )
     if found.dtype.kind not in "iuf":
-        raise RecordingError(f"a column of numbers holds {column.type}")
+        raise RecordingError(f"it holds {column.type}, not numbers")
     return found

@@ -45,7 +45,7 @@ class TokenText:
         else:
             from tokenizers import Tokenizer
 
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_buffer(path.read_bytes())
 
     def __call__(self, ids: np.ndarray) -> list[str]:
         """One text a token."""

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 _SHARED = (MANIFEST_FILE, TOKENIZER_FILE, VOCABULARY_FILE)
 """What the first rank writes for all."""
 
+REPLACE = "remove the directory, or pass overwrite=True to Recorder(...) or record(trainer, ...)"
+"""The remedies: a setting as ``record_to`` leaves only the first."""
+
 Values = Tensor | Sequence[Tensor] | None
 
 
@@ -139,15 +142,15 @@ class Recorder:
         if differs is not None:
             raise RecordingError(
                 f"{self.path} holds the recording of another run ({differs} was "
-                f"{getattr(before, differs)!r} and is {getattr(self._manifest, differs)!r}); pass "
-                "overwrite=True to replace it, or name another directory"
+                f"{getattr(before, differs)!r} and is {getattr(self._manifest, differs)!r}); name "
+                f"another directory, or replace it: {REPLACE}"
             )
         steps = [step for step, _ in self._mine(0)]
         if steps and (resume is False or (self._marker.exists() and not resume)):
             raise RecordingError(
                 f"{self.path} holds the recording of a run (steps {min(steps)} to {max(steps)}); "
-                "pass overwrite=True to replace it, resume=True to go on with it, or name another "
-                "directory"
+                f"name another directory, or replace it: {REPLACE}; a Recorder goes on with it "
+                "where it is given resume=True"
             )
         if steps:
             self._first, self._last = min(steps), max(steps)
@@ -262,7 +265,7 @@ class Recorder:
             if step <= self._first:
                 raise RecordingError(
                     f"{self.path} holds steps {self._first} to {self._last}, and step {step} would "
-                    "replace them all; pass overwrite=True, or name another directory"
+                    "replace them all; name another directory, or replace it: {REPLACE}"
                 )
             self._remove(step)
         elif self._last is not None and step <= self._last:

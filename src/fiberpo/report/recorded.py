@@ -12,6 +12,7 @@ import heapq
 import math
 import random
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -67,16 +68,26 @@ class Recorded:
     notes: list[str] = field(default_factory=list)
 
 
-def read_recorded(recording: Recording, *, curves: bool = True) -> Recorded:
+def read_recorded(
+    recording: Recording,
+    *,
+    curves: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Recorded:
     """Stream a recording and keep what the page shows of it.
 
     Args:
         recording: where from.
         curves: whether metrics and strata are needed too; a run's own files hold them already.
+        progress: called with the tokens read so far, and about how many there are to read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FiberPOWarning)  # the doctor says the same, as findings
-        return _Reader(recording).read(curves)
+        return _Reader(recording).read(curves, progress or _silent)
+
+
+def _silent(done: int, total: int) -> None:
+    pass
 
 
 def is_fiberpo(objective: Objective) -> bool:
@@ -139,11 +150,12 @@ class _Reader:
         self.points_seen = [0] * len(self.points)
         self.cut = 0
 
-    def read(self, curves: bool) -> Recorded:
+    def read(self, curves: bool, progress: Callable[[int, int], None]) -> Recorded:
         recording = self.recording
         # the steps of a foreign recording may be known only from reading it
         steps = spread(recording.steps, recording.tokens) or None
-        tokens = 0
+        share = len(steps) / len(recording.steps) if steps else 1.0
+        tokens, expected = 0, round(recording.tokens * share)
         metrics: dict[int, tuple[Statistics, Row]] = {}
         seen: set[int] = set()
         whole: Statistics | None = None
@@ -166,6 +178,7 @@ class _Reader:
                 metrics[item.step] = statistics, extra
             self._take(item, out, view.gated)
             tokens += len(item.batch)
+            progress(tokens, expected)
             if tokens > 2 * MOST_READ:
                 self.notes.append(f"Reading stopped at step {item.step}, {tokens:,} tokens in.")
                 break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,14 @@ class Source:
         return self.run.summary or {}
 
 
-def read_sources(paths: Sequence[Path]) -> list[Source]:
+def read_sources(
+    paths: Sequence[Path], progress: Callable[[int, int], None] | None = None
+) -> list[Source]:
     """Read every run.
+
+    Args:
+        paths: directories of runs, or recordings.
+        progress: called with the tokens of a recording that were read, and those to be read.
 
     Raises:
         DataError: for a path that is neither a run directory nor a recording, one that is given
@@ -63,11 +69,17 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
         raise DataError(
             f"{len(paths)} runs are more than one page can tell apart; give at most {MOST_RUNS}"
         )
+    for path in paths:
+        if not path.exists():
+            raise DataError(
+                f"{path}: no such run; give the directory of a run (with metrics.jsonl) or a "
+                "recording"
+            )
     resolved = [path.resolve() for path in paths]
     for i, path in enumerate(resolved):
         if path in resolved[:i]:
             raise DataError(f"{paths[i]} is given twice; name each run once")
-    read = [_read(path) for path in paths]
+    read = [_read(path, progress) for path in paths]
     labels = _labels([run.name for run, _ in read], resolved)
     return [
         _source(path, label, i, run, recorded)
@@ -75,25 +87,24 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
     ]
 
 
-def _read(path: Path) -> tuple[Run, Recorded | None]:
-    if not path.exists():
-        raise DataError(
-            f"{path}: no such run; give the directory of a run (with metrics.jsonl) or a recording"
-        )
+def _read(path: Path, progress: Callable[[int, int], None] | None) -> tuple[Run, Recorded | None]:
     if not is_run(path):
-        return _recording_only(path)
+        return _recording_only(path, progress)
     run = read_run(path)
     if not (path / RUN_FOLDER).exists():
         return run, None
     try:
         own = run.summary is not None and bool(run.train)
-        return run, read_recorded(open_recording(path / RUN_FOLDER), curves=not own)
+        recording = open_recording(path / RUN_FOLDER)
+        return run, read_recorded(recording, curves=not own, progress=progress)
     except FiberPOError as error:
         run.notes.append(f"The recording of this run could not be used: {error}")
         return run, None
 
 
-def _recording_only(path: Path) -> tuple[Run, Recorded]:
+def _recording_only(
+    path: Path, progress: Callable[[int, int], None] | None
+) -> tuple[Run, Recorded]:
     """A run of another trainer, of which there is only the recording."""
     try:
         recording = open_recording(path)
@@ -101,7 +112,7 @@ def _recording_only(path: Path) -> tuple[Run, Recorded]:
         raise DataError(
             f"{path}: neither a run (it holds none of {', '.join(FILES)}) nor a recording: {error}"
         ) from error
-    recorded = read_recorded(recording)
+    recorded = read_recorded(recording, progress=progress)
     if not recorded.metrics:
         raise DataError(f"{path}: the recording holds no complete step; nothing can be shown")
     where = path.resolve()

@@ -225,7 +225,7 @@ def make_config(
             loaded = yaml.safe_load(file.read_text()) or {}
         except FileNotFoundError as error:
             raise ConfigError(f"no configuration file {file}") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not YAML: {error}") from error
         if not isinstance(loaded, Mapping):
             raise ConfigError(f"{file} holds a {type(loaded).__name__}, not settings by name")
