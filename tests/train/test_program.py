@@ -280,3 +280,18 @@ def test_running_from_another_directory(start, tmp_path):
     finally:
         os.chdir(here)
     assert (tmp_path / "runs" / "run" / "report.html").exists()
+
+
+def test_a_misspelt_stratum_is_refused_before_anything_is_written(tmp_path):
+    """Not after the first rollout."""
+    config = make_config(
+        None,
+        {
+            "output": str(tmp_path),
+            "name": "x",
+            "objective_kwargs": {"budgets": {"domian": (0.1, 0.1)}},
+        },
+    )
+    with pytest.raises(ConfigError, match="stratum 'domian'; fiberpo train has domain, group"):
+        train(config)
+    assert not (tmp_path / "x").exists()

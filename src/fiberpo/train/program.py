@@ -55,6 +55,7 @@ def train(
         ConfigError, DataError: before anything is written, as far as possible.
     """
     _quiet()
+    _check_strata(config)
     started, run_dir = time.monotonic(), config.run_dir
     check_directory(run_dir, resume=resume, overwrite=overwrite)
     checkpoint = _checkpoint(run_dir) if resume else None
@@ -126,6 +127,20 @@ def _quiet() -> None:
     logging.getLogger("fiberpo").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _check_strata(config: TrainConfig) -> None:
+    """Before a model is loaded: the strata of the objective are those that this program has."""
+    if config.objective == "dr_grpo":  # its length may still be open, and it has no strata
+        return
+    objective = config.build_objective()
+    wanted = [*objective.gate_map.gates, objective.weights.stratum or "trajectory"]
+    unknown = [name for name in wanted if name not in ("domain", "group", "trajectory")]
+    if unknown:
+        raise ConfigError(
+            f"{config.objective} looks at the stratum {unknown[0]!r}; fiberpo train has domain, "
+            "group and trajectory"
+        )
 
 
 def _checkpoint(run_dir: Path) -> str:
