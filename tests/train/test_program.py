@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from fiberpo.cli import app, main
+from fiberpo.errors import ConfigError
 from fiberpo.train.callbacks import MetricsFile, RunCallback
 from fiberpo.train.config import make_config
 from fiberpo.train.program import train
