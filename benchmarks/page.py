@@ -181,9 +181,32 @@ def aims(large, linear):
     return table(["aim, CPU, one thread", "at most / at least", "found", ""], rows)
 
 
+def in_short(large, linear, step):
+    """The paragraph of the README."""
+    x, ms = large["times_floor"], large["seconds"]
+    mm = next(r["x_floor_unchunked"] for r in linear["rows"] if r["name"] == "ours, frozen")
+    two = next(r["x_floor_unchunked"] for r in linear["rows"] if r["name"] == "ours, two-phase")
+    tokens, ratio = large["tokens"] / 1e6, step["rows"]["fiberpo_domain"]["ratio"]
+    kernel, whole, theirs = (
+        1e3 * ms[name] for name in ("C++: fiberpo", "objective, cpu: fiberpo", "TRL: grpo")
+    )
+    return (
+        f"Loss and gradient for {tokens:.1f} million tokens on one CPU thread, log-probs given: the "
+        f"FiberPO\nkernel takes {kernel:.1f} ms, {x['C++: fiberpo']:.1f} times what moving the numbers "
+        f"alone costs; with checks and\nautograd {whole:.1f} ms; TRL's own GRPO loss {theirs:.0f} ms. An "
+        f"exact FiberPO-Domain step in the TRL trainer costs\n{ratio:.2f} times a GRPO step. "
+        "`fiberpo.linear_logprob` gives log-probs and their backward without\nlogits, at "
+        f"{mm:.2f} to {two:.2f} times the matrix products they need."
+    )
+
+
 def pages():
     """Page -> name of a mark -> what stands there."""
+    large = max((s for s in read("loss")["sizes"] if s["threads"] == 1), key=lambda s: s["tokens"])
     return {
+        "../README.md": {
+            "short": in_short(large, read("linear_logprob"), read("exact_step")),
+        },
         "performance.md": blocks(),
         "replay.md": replayed(read("replay")),
         "recording.md": recorded(read("recording")),
