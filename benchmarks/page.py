@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,14 +191,15 @@ def in_short(large, linear, step):
     kernel, whole, theirs = (
         1e3 * ms[name] for name in ("C++: fiberpo", "objective, cpu: fiberpo", "TRL: grpo")
     )
-    return (
-        f"Loss and gradient for {tokens:.1f} million tokens on one CPU thread, log-probs given: the "
-        f"FiberPO\nkernel takes {kernel:.1f} ms, {x['C++: fiberpo']:.1f} times what moving the numbers "
-        f"alone costs; with checks and\nautograd {whole:.1f} ms; TRL's own GRPO loss {theirs:.0f} ms. An "
-        f"exact FiberPO-Domain step in the TRL trainer costs\n{ratio:.2f} times a GRPO step. "
-        "`fiberpo.linear_logprob` gives log-probs and their backward without\nlogits, at "
-        f"{mm:.2f} to {two:.2f} times the matrix products they need."
+    text = (
+        f"Loss and gradient for {tokens:.1f} million tokens on one CPU thread, log-probs given: "
+        f"the FiberPO kernel takes {kernel:.1f} ms, {x['C++: fiberpo']:.1f} times what moving the "
+        f"numbers alone costs; with checks and autograd {whole:.1f} ms; TRL's own GRPO loss "
+        f"{theirs:.0f} ms. An exact FiberPO-Domain step in the TRL trainer costs {ratio:.2f} "
+        "times a GRPO step. `fiberpo.linear_logprob` gives log-probs and their backward without "
+        f"logits, at {mm:.2f} to {two:.2f} times the matrix products they need."
     )
+    return textwrap.fill(text, 100)
 
 
 def pages():
