@@ -367,3 +367,10 @@ def test_attempt_warns_and_goes_on(tmp_path, caplog, monkeypatch):
     monkeypatch.undo()
     recorder.attempt(5, lambda: {"batch": make(5)})
     assert open_recording(tmp_path).steps == [1, 3]
+
+
+def test_columns_of_a_native_recording_are_known(tmp_path):
+    """Names for them are refused, not ignored."""
+    write(tmp_path / "a")
+    with pytest.raises(RecordingError, match="was written by fiberpo, whose columns are known"):
+        open_recording(tmp_path / "a", columns={"domain": "task"})

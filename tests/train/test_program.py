@@ -16,6 +16,7 @@ from fiberpo.errors import ConfigError
 from fiberpo.train.callbacks import MetricsFile, RunCallback
 from fiberpo.train.config import make_config
 from fiberpo.train.program import train
+from fiberpo.train.warmstart import warmstart
 from integrations.tiny import tiny_model
 
 pytestmark = [
@@ -296,3 +297,18 @@ def test_a_misspelt_stratum_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="stratum 'domian'; fiberpo train has domain, group"):
         train(config)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_warm_start_onto_a_file_is_refused_before_training(tmp_path):
+    """Not two minutes later."""
+    (tmp_path / "x").write_text("")
+    with pytest.raises(ConfigError, match="x is a file: name a directory"):
+        warmstart(tmp_path / "x")
+
+
+def test_resume_of_what_is_no_run_says_so(tmp_path, capsys, monkeypatch):
+    """Not that some configuration file is missing."""
+    monkeypatch.setattr(sys, "argv", ["fiberpo", "train", "--resume", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "it is not the directory of a run" in capsys.readouterr().err

@@ -101,6 +101,11 @@ def train(
     if resume is not None:
         if config is not None:
             raise ConfigError("--resume takes its settings from the run; leave out --config")
+        if not (resume / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"--resume {resume}: there is no {CONFIG_FILE} in it, so it is not the directory "
+                "of a run"
+            )
         config = resume / CONFIG_FILE
         values = {**values, "output": str(resume.parent), "name": resume.name}
     base = make_config(config, values)

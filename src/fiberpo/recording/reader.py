@@ -231,11 +231,16 @@ def open_recording(path: str | Path, *, columns: Mapping[str, str] | None = None
     path = Path(path)
     if not path.exists():
         raise RecordingError(f"{path} does not exist; name a recording, or the directory of a run")
-    for folder in (path, path / RUN_FOLDER):
-        if (folder / MANIFEST_FILE).is_file():
-            return NativeRecording(folder)
+    folders = [folder for folder in (path, path / RUN_FOLDER) if (folder / MANIFEST_FILE).is_file()]
     if path.name == MANIFEST_FILE:
-        return NativeRecording(path.parent)
+        folders.append(path.parent)
+    if folders:
+        if columns:
+            raise RecordingError(
+                f"columns {dict(columns)} name those of foreign files, but {folders[0]} was "
+                "written by fiberpo, whose columns are known; leave them out"
+            )
+        return NativeRecording(folders[0])
     from .foreign import open_foreign
 
     return open_foreign(path, columns or {})

@@ -189,6 +189,9 @@ def warmstart(
     if not 0.0 <= corruption <= 1.0:
         raise ConfigError(f"corruption must be in [0, 1], got {corruption}: use 0.6")
 
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ConfigError(f"{output_dir} is a file: name a directory for the checkpoint")
+
     tokenizer = build_tokenizer()
     model = build_model(seed).train()
     optimizer = torch.optim.AdamW(
