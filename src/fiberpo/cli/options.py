@@ -19,6 +19,14 @@ Json = Annotated[
 ]
 """The same option for every command that has something to parse."""
 
+Budgets = Annotated[
+    list[str] | None, typer.Option(help="domain=0.02,0.015 (positive, negative; nats per token).")
+]
+Epsilon = Annotated[float | None, typer.Option(help="Half-width of the token clip.")]
+Pessimistic = Annotated[
+    bool | None, typer.Option("--pessimistic/--printed", help="min(G A, r A), or as the paper.")
+]
+
 
 def write_json(target: str | None, values: Any) -> None:
     """What ``--json`` asks for: a file, or with ``-`` standard output and nothing else there.

@@ -11,7 +11,16 @@ import typer
 from ..errors import ConfigError, RecordingError
 from .app import app
 from .completion import complete_run
-from .options import TERMINAL, Json, objective_kwargs, progress_bar, write_json
+from .options import (
+    TERMINAL,
+    Budgets,
+    Epsilon,
+    Json,
+    Pessimistic,
+    objective_kwargs,
+    progress_bar,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from ..objective import Objective
@@ -44,15 +53,9 @@ def replay(
         str | None,
         typer.Option(help="As grpo, or 'gspo(epsilon=0.02)'; by default recorded."),
     ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(help="domain=0.02,0.015 (positive, negative; nats per token)."),
-    ] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Half-width of the token clip.")] = None,
-    pessimistic: Annotated[
-        bool | None,
-        typer.Option("--pessimistic/--printed", help="min(G A, r A), or as the paper."),
-    ] = None,
+    budget: Budgets = None,
+    epsilon: Epsilon = None,
+    pessimistic: Pessimistic = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(help="Objectives beside it, as grpo,'gspo(epsilon=0.02)',recorded."),

@@ -13,7 +13,7 @@ import yaml
 from ..errors import ConfigError
 from .app import app
 from .completion import complete_objective, complete_run
-from .options import TERMINAL, Json, objective_kwargs, write_json
+from .options import TERMINAL, Budgets, Epsilon, Json, Pessimistic, objective_kwargs, write_json
 
 
 @app.command(epilog="Example: fiberpo train --objective gspo --epsilon 0.02 --rollouts 50 --seed 1")
@@ -33,15 +33,9 @@ def train(
         str | None,
         typer.Option(help="A recipe, as grpo or gspo.", autocompletion=complete_objective),
     ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(help="domain=0.02,0.015 (positive, negative; nats per token)."),
-    ] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Half-width of the token clip.")] = None,
-    pessimistic: Annotated[
-        bool | None,
-        typer.Option("--pessimistic/--printed", help="min(G A, r A), or as the paper."),
-    ] = None,
+    budget: Budgets = None,
+    epsilon: Epsilon = None,
+    pessimistic: Pessimistic = None,
     mask_max: Annotated[
         float | None, typer.Option(help="Leave out answers with a token of a larger k2, in nats.")
     ] = None,

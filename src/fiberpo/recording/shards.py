@@ -176,6 +176,7 @@ class _refusing:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # a damaged header can ask for any size, type, compression or expression
         torn = (
             zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,
             IndexError, AttributeError, SyntaxError, NotImplementedError, RuntimeError,
