@@ -104,6 +104,27 @@ def budgets_from(texts: list[str]) -> dict[str, Any]:
     return out
 
 
+def shares_from(option: str, texts: list[str]) -> dict[str, float]:
+    """A number by domain from the command line.
+
+    >>> shares_from("--reward-noise", ["sum=0.3", "sort=0.1"])
+    {'sum': 0.3, 'sort': 0.1}
+    """
+    out: dict[str, float] = {}
+    for text in texts:
+        domain, _, share = text.rpartition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            domain = ""
+        if not domain:
+            raise ConfigError(f"{option} {text!r} is not of the form sum=0.3")
+        if domain in out:
+            raise ConfigError(f"{option} names the domain {domain!r} twice")
+        out[domain] = value
+    return out
+
+
 def objective_kwargs(
     objective: str | None,
     budget: list[str],

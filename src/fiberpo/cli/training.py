@@ -13,7 +13,16 @@ import yaml
 from ..errors import ConfigError
 from .app import app
 from .completion import complete_objective, complete_run
-from .options import TERMINAL, Budgets, Epsilon, Json, Pessimistic, objective_kwargs, write_json
+from .options import (
+    TERMINAL,
+    Budgets,
+    Epsilon,
+    Json,
+    Pessimistic,
+    objective_kwargs,
+    shares_from,
+    write_json,
+)
 
 
 @app.command(epilog="Example: fiberpo train --objective gspo --epsilon 0.02 --rollouts 50 --seed 1")
@@ -41,6 +50,17 @@ def train(
     ] = None,
     mask_mean: Annotated[
         float | None, typer.Option(help="Leave out answers of a larger mean k3, in nats.")
+    ] = None,
+    reward_noise: Annotated[
+        list[str] | None,
+        typer.Option(help="sum=0.3: this share of a domain's training rewards are coin flips."),
+    ] = None,
+    engine_noise: Annotated[
+        float | None,
+        typer.Option(help="Sample with weights that carry noise of this relative size."),
+    ] = None,
+    engine_bf16: Annotated[
+        bool | None, typer.Option("--engine-bf16", help="Sample with weights in bfloat16.")
     ] = None,
     rollouts: Annotated[int | None, typer.Option(help="How often answers are sampled.")] = None,
     updates_per_rollout: Annotated[
@@ -77,6 +97,8 @@ def train(
         "updates_per_rollout": updates_per_rollout, "learning_rate": learning_rate,
         "seed": seed, "tensorboard": tensorboard, "trackio": trackio,
         "mask_max": mask_max, "mask_mean": mask_mean, "record": record,
+        "reward_noise": shares_from("--reward-noise", reward_noise) if reward_noise else None,
+        "engine_noise": engine_noise, "engine_bf16": engine_bf16,
     }  # fmt: skip
     values = {k: v for k, v in given.items() if v is not None}
     for text in set_ or []:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -47,10 +48,18 @@ class TrainConfig:
         objective_kwargs: its parameters.
         mask_max, mask_mean: leave out answers with a token beyond this k2, or a mean k3 beyond
             this, in nats, between the policy that sampled them and the current one.
-        correction: ``opsm``; the other corrections need a generation engine.
+        correction: ``opsm``; with ``engine_noise`` or ``engine_bf16`` also ``tis``, ``masked_is``,
+            ``icepop`` and ``geometric_mask``, which do nothing where engine and trainer agree.
         correction_kwargs: its parameters.
         reward_range: lowest and highest possible reward, for the bounds in the log; by default
             0 and 1 for the procedural tasks, and no bounds for other rewards.
+        reward_noise: probability in (0, 1] by domain; in training, not on held-out prompts, the
+            reward of an answer is with this probability a fair coin between the lowest and the
+            highest reward (`fiberpo.train.noise.NoisyReward`).
+        engine_noise: answers of training are sampled by a copy of the policy to whose weight
+            matrices Gaussian noise was added, by this much of their root mean square, fresh for
+            each rollout (`fiberpo.train.mismatch.Engine`); 0 for none.
+        engine_bf16: answers of training are sampled by a copy of the policy in bfloat16.
         rollouts: how often answers are sampled.
         prompts: prompts of one rollout.
         generations: answers to each prompt.
@@ -89,6 +98,9 @@ class TrainConfig:
     correction: str | None = None
     correction_kwargs: dict[str, Any] = field(default_factory=dict)
     reward_range: list[float] | None = None
+    reward_noise: dict[str, float] | None = None
+    engine_noise: float = 0.0
+    engine_bf16: bool = False
     rollouts: int = 60
     prompts: int = 64
     generations: int = 8
@@ -138,6 +150,17 @@ class TrainConfig:
                 f"learning_rate = {self.learning_rate}, temperature = {self.temperature}, "
                 f"max_grad_norm = {self.max_grad_norm}: all must be positive"
             )
+        for domain, share in (self.reward_noise or {}).items():
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not number or not 0 < share <= 1:
+                raise ConfigError(
+                    f"reward_noise of the domain {domain!r} is {share!r}; it is a probability, "
+                    "above 0 and at most 1 (leave out the domains without noise)"
+                )
+        if not 0 <= self.engine_noise < math.inf:
+            raise ConfigError(
+                f"engine_noise is {self.engine_noise}; it is a finite number, 0 (no noise) or more"
+            )
         if self.data is not None and self.tasks:
             raise ConfigError(f"data = {self.data!r} and tasks = {self.tasks}: give one of them")
         if self.objective != "dr_grpo" or self.max_completion_length is not None:
@@ -152,6 +175,11 @@ class TrainConfig:
     def rows_per_forward(self) -> int:
         """Answers in one forward pass."""
         return self.micro_batch or self.rows_per_update
+
+    @property
+    def engine_differs(self) -> bool:
+        """Whether answers are sampled by another policy than the one that is trained."""
+        return self.engine_noise > 0 or self.engine_bf16
 
     @property
     def updates(self) -> int:
@@ -180,11 +208,12 @@ class TrainConfig:
             mask_mean=self.mask_mean, correction=self.correction,
             correction_kwargs=self.correction_kwargs,
         )  # fmt: skip
-        if needs_engine(objective):
+        if needs_engine(objective) and not self.engine_differs:
             raise ConfigError(
                 f"correction = {self.correction!r} corrects for a generation engine, but this "
                 "program samples with the model that it trains: every ratio would be 1. Leave it "
-                "out; mask_max, mask_mean and opsm work here."
+                "out (mask_max, mask_mean and opsm work here), or make the engine differ with "
+                "engine_noise or engine_bf16."
             )
         return objective
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from ..report.strata import strata_table
 from .callbacks import METRICS_FILE, Interruption, MetricsFile, RunCallback
 from .config import CONFIG_FILE, TRAINING_OBJECTIVE, TrainConfig
 from .heldout import Heldout, evaluate_heldout
+from .mismatch import Engine, MismatchTrainer
 from .sources import Source, check_directory, load_model, load_source
 from .summary import samples, versions
 
@@ -192,6 +194,17 @@ def _notes(config: TrainConfig) -> list[str]:
                 "the pessimistic form min(G A, r A) is the default of this program; it is ours, "
                 "not the paper's, whose printed form --printed selects"
             )
+    for domain, share in (config.reward_noise or {}).items():
+        notes.append(
+            f"in training {share:.0%} of the rewards of {domain} are coin flips (reward_noise); "
+            "held-out rewards have no noise"
+        )
+    if config.engine_differs:
+        cast = " in bfloat16" if config.engine_bf16 else ""
+        notes.append(
+            f"in training answers are sampled by a perturbed copy of the policy{cast} "
+            f"(engine_noise = {config.engine_noise:g}); held-out answers by the policy itself"
+        )
     return notes
 
 
@@ -253,9 +266,13 @@ def _trainer(
         dataloader_pin_memory=False,
         record_to=str(config.run_dir / RUN_FOLDER) if config.record else None,
     )
-    trainer = FiberPOTrainer(
+    make: Any = FiberPOTrainer
+    if config.engine_differs:
+        engine = Engine(config.engine_noise, config.engine_bf16, config.seed)
+        make = functools.partial(MismatchTrainer, engine=engine)
+    trainer: FiberPOTrainer = make(
         model,
-        source.reward,
+        source.training_reward(config),
         args,
         objective=config.build_objective(),
         train_dataset=source.train,

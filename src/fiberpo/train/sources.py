@@ -17,6 +17,7 @@ from .data import load_data
 from .embedded import load_embedded
 from .gym import ReasoningGymReward, reasoning_gym_rows
 from .mixing import mix_indices, split_held_out
+from .noise import NoisyReward
 from .rewards import load_function
 from .sft import short_sft
 from .smollm import load_smollm, text_rows
@@ -37,7 +38,7 @@ class Source:
     Attributes:
         train: data set of the whole run in the order of use, ``prompts`` rows a rollout.
         heldout: held-out rows by domain.
-        reward: reward function in TRL's signature.
+        reward: reward function in TRL's signature; that of training is `training_reward`.
         max_completion_length: tokens that an answer may take.
     """
 
@@ -54,6 +55,20 @@ class Source:
     def reward_range(self, config: TrainConfig) -> list[float] | None:
         """Lowest and highest reward: as configured, or 0 and 1 where answers are right or wrong."""
         return config.reward_range or ([0.0, 1.0] if self.reward is exact_answer else None)
+
+    def training_reward(self, config: TrainConfig) -> Reward:
+        """The reward that training sees: ``reward``, with the noise that was asked for.
+
+        Raises:
+            ConfigError: for noise in a domain that is not there, or without a known range.
+        """
+        if not config.reward_noise:
+            return self.reward
+        return NoisyReward(
+            self.reward, config.reward_noise, domains=self.domains,
+            reward_range=self.reward_range(config), seed=config.seed,
+            updates_per_rollout=config.updates_per_rollout * config.passes_per_rollout,
+        )  # fmt: skip
 
 
 def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Any]:
@@ -145,12 +160,14 @@ def _source(
     held: dict[str, list[Row]] = {domain: [] for domain in by_domain}
     for row in heldout:
         held[row["domain"]].append(row)
-    return Source(
+    source = Source(
         Dataset.from_list([by_domain[domain][i] for domain, i in plan]),
         held,
         reward,
         config.max_completion_length or longest,
     )
+    source.training_reward(config)  # refused here, before anything is written
+    return source
 
 
 def check_directory(path: Path, *, resume: bool, overwrite: bool) -> None:
