@@ -210,8 +210,9 @@ class Window:
 
     def _shared(self) -> list[tuple[Strata, Match]]:
         """The contexts that the objective looks at and that may reach beyond one part."""
-        layout, whole = self._plan.layout, self._plan.batch
-        pairs = [(x.strata, x.match) for x in (layout.contexts, layout.states) if x is not None]
+        whole, layouts = self._plan.batch, [self._plan.layout, *self._plan.stops]
+        found = [x for at in layouts if at is not None for x in (at.contexts, at.states)]
+        pairs = [(x.strata, x.match) for x in found if x is not None]
         if self.stepper.objective.by_trajectory and "trajectory" in whole.labels:
             pairs.append((whole.strata(["trajectory"]), whole.pieces))
         return [(strata, match) for strata, match in pairs if any(strata.shared)]

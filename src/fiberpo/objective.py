@@ -32,6 +32,7 @@ from .ops.dispatch import REFERENCE, choose, resolve
 from .ops.plan import GatePlan, Merge
 from .ops.segments import Segments
 from .statistics import Statistics
+from .stops import BudgetStop
 from .weights import Denominators, Weights
 
 GradientForm = Literal["closed_form", "autograd"]
@@ -105,9 +106,13 @@ class Objective:
             self._check_parts(batch)
         batch = batch.joined(collective)
         layout = self.gate_map.lay_out(batch, collective, warn=mu is None)
+        stops = tuple(
+            f.lay_out(batch, collective, warn=mu is None) if isinstance(f, BudgetStop) else None
+            for f in self.factors
+        )
         if mu is None:
             mu = self.weights.shares(batch, denominators, collective)
-        return Plan(self.gate_map, layout, mu, collective, batch)
+        return Plan(self.gate_map, layout, mu, collective, batch, stops)
 
     def __call__(
         self,
@@ -201,8 +206,9 @@ class Objective:
                 scale = scale * kept[batch.trajectory]
             if isinstance(self.mask, Renormalised):
                 scale = scale * self.mask.scale(plan.mu, kept[batch.trajectory], plan.collective)
-        for factor in self.factors:
-            scale = batch.spread(scale) * factor(batch)
+        for factor, at in zip(self.factors, plan.stops, strict=True):
+            found = factor(batch, at) if isinstance(factor, BudgetStop) else factor(batch)
+            scale = batch.spread(scale) * found
         return scale, kept
 
     @property
@@ -215,6 +221,8 @@ class Objective:
         token = self.gate_map.token
         if isinstance(token, BudgetClip) and token.states in batch.labels:
             names.append(token.states)
+        stops = [factor for factor in self.factors if isinstance(factor, BudgetStop)]
+        names.extend(name for stop in stops for name in stop.strata if name in batch.labels)
         cut = [n for n in names if any(batch.strata([n]).shared)]
         if "trajectory" in batch.labels and (self.by_trajectory or self.weights.by_trajectory):
             cut.append("trajectory")
@@ -247,6 +255,7 @@ class Plan:
         shares: aggregation weight of a token, ``[rows]`` or ``[N]`` float64; see `mu`.
         collective: the ranks.
         batch: the tokens.
+        stops: contexts of each factor that has some (`BudgetStop`), None for the others.
     """
 
     gate_map: GateMap
@@ -254,6 +263,7 @@ class Plan:
     shares: Float[Tensor, "..."]
     collective: Collective
     batch: RatioBatch
+    stops: tuple[Layout | None, ...] = ()
 
     @cached_property
     def mu(self) -> Float[Tensor, " N"]:
@@ -372,9 +382,13 @@ class Surrogate:
     def statistics(self) -> Statistics:
         """Mergeable statistics of this call, as tensors."""
         found = measure(self.batch, self.gated, self.weight, self.coefficients)
-        if self.kept is None:
-            return found
-        more = acceptance(self.batch, self.kept, certainty_of(self.objective.mask, self.batch))
+        more = {}
+        for factor, at in zip(self.objective.factors, self.plan.stops, strict=True):
+            if isinstance(factor, BudgetStop):
+                more.update(factor.measured(self.batch, at))
+        if self.kept is not None:
+            certainty = certainty_of(self.objective.mask, self.batch)
+            more.update(acceptance(self.batch, self.kept, certainty))
         return replace(found, means={**found.means, **more})
 
     def metrics(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from .labels import order_strata
 from .masks import SequenceMask
 from .objective import Objective
 from .peers import PEERS, cispo, cppo, dppo, gmpo, sapo, spo, topr, truly_ppo
+from .stopping import fiberstop
 from .weights import Weights
 
 Rollback = Literal["tokens"] | float
@@ -278,6 +279,7 @@ RECIPES: Mapping[str, Callable[..., Objective]] = {
     "apc": apc,
     "fiberpo": fiberpo,
     "fiberpo_domain": fiberpo_domain,
+    "fiberstop": fiberstop,
     **PEERS,
 }
 """By name, for hosts and command lines that demand a string."""
@@ -346,6 +348,6 @@ def _clipped(
 
 __all__ = [
     "RECIPES", "RECOMMENDED_BUDGET", "apc", "cispo", "cppo", "dapo", "dppo", "dr_grpo", "fiberpo",
-    "fiberpo_domain", "from_name", "gmpo", "grpo", "gspo", "parse_call", "ppo", "sapo", "spo",
-    "topr", "truly_ppo",
+    "fiberpo_domain", "fiberstop", "from_name", "gmpo", "grpo", "gspo", "parse_call", "ppo",
+    "sapo", "spo", "topr", "truly_ppo",
 ]  # fmt: skip
