@@ -83,26 +83,28 @@ def differences(sources: Sequence[Source]) -> list[tuple[str, list[str]]]:
     rows = []
     for section in sorted({name for config in configs for name in config} - _UNIMPORTANT):
         # a recording, or an older version, may lack a setting as a whole: that is no difference
-        flat = [_flat({section: c[section]}) if section in c else None for c in configs]
-        for name in dict.fromkeys(name for found in flat if found for name in found):
-            values = [_ABSENT if found is None else found.get(name) for found in flat]
+        flats = [flat({section: c[section]}) if section in c else None for c in configs]
+        for name in dict.fromkeys(name for found in flats if found for name in found):
+            values = [_ABSENT if found is None else found.get(name) for found in flats]
             known = [value for value in values if value is not _ABSENT]
             if any(value != known[0] for value in known):
-                rows.append((name, [_text(value) for value in values]))
+                rows.append((name, [as_text(value) for value in values]))
     return rows
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; empty ones are left out."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         elif value != {}:
             found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return found
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value of a setting on at most 80 characters."""
     if value is _ABSENT or value is None:
         return DASH
     text = value if isinstance(value, str) else json.dumps(value, default=str)

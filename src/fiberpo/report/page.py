@@ -7,28 +7,22 @@ imported on use.
 
 from __future__ import annotations
 
-import base64
-import gzip
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, FiberPOError
+from ..errors import DataError
 from ..palette import CSS_COLORS
 from .comparison import COLUMNS, differences, outcomes
 from .explorer import as_script, explorer_data, gated_rows, scale_of
+from .html import asset, environment, packed_plotly, write_whole
 from .panels import draw_panels
 from .reader import is_run, number
 from .sources import Source, read_sources
 from .tables import (
     QUANTILES,
     Heldout,
-    format_difference,
-    format_drift,
-    format_percent,
     format_reward,
     format_seconds,
     heldout_table,
@@ -43,24 +37,7 @@ _MARK = b"fiberpo"
 
 def render_html(sources: Sequence[Source]) -> str:
     """The page of runs that were read."""
-    try:
-        import matplotlib  # noqa: F401
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-        from plotly.offline import get_plotlyjs
-    except ImportError as exc:
-        raise FiberPOError(
-            f"reports need {exc.name} ({exc}); install it with: pip install 'fiberpo[report]'"
-        ) from exc
-    environment = Environment(
-        loader=PackageLoader("fiberpo.report", "assets"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(
-        reward=format_reward,
-        difference=format_difference,
-        drift=format_drift,
-        percent=format_percent,
-    )
+    templates = environment("matplotlib")
     panels = draw_panels(sources)
     scale = scale_of(sources)
     explorers = [explorer_data(source) for source in sources]
@@ -70,7 +47,7 @@ def render_html(sources: Sequence[Source]) -> str:
         "scale": scale,
     }
     several = len(sources) > 1
-    return environment.get_template("page.html.j2").render(
+    return templates.get_template("page.html.j2").render(
         name=f"{len(sources)} runs" if several else sources[0].label,
         several=several,
         runs=[_view(source, index, scale) for index, source in enumerate(sources)],
@@ -82,8 +59,8 @@ def render_html(sources: Sequence[Source]) -> str:
         quantiles=QUANTILES,
         colors=CSS_COLORS,
         data=as_script(data),
-        scripts=[_asset(name) for name in ("gates.js", "charts.js", "explorer.js")],
-        plotly=_packed(get_plotlyjs()),
+        scripts=[asset(name) for name in ("gates.js", "charts.js", "explorer.js")],
+        plotly=packed_plotly(),
         recorded=any(source.recorded is not None for source in sources),
     )
 
@@ -131,17 +108,6 @@ def _numbered(panels: dict[str, Any]) -> dict[str, list[tuple[int, Any]]]:
     return {key: [(next(counter), panel) for panel in found] for key, found in panels.items()}
 
 
-def _asset(name: str) -> str:
-    return (files("fiberpo.report") / "assets" / name).read_text(encoding="utf-8")
-
-
-@cache
-def _packed(script: str) -> str:
-    """A script compressed, as base64; the page unpacks it."""
-    packed = gzip.compress(script.encode(), compresslevel=9, mtime=0)
-    return base64.b64encode(packed).decode("ascii")
-
-
 def write_report(runs: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the report of a run, or of several side by side; returns the HTML file.
 
@@ -171,8 +137,8 @@ def write_sources(sources: Sequence[Source], out: str | Path | None = None) -> P
 
         title = _overview_title(alone.label, heldout_table(alone.run))
         image = overview_png(alone.series, title, alone.summary.get("objective") or "")
-        _write(out.with_suffix(".png"), image)
-    _write(out, page.encode("utf-8", errors="replace"))
+        write_whole(out.with_suffix(".png"), image)
+    write_whole(out, page.encode("utf-8", errors="replace"))
     return out
 
 
@@ -200,10 +166,3 @@ def _overview_title(name: str, heldout: Heldout) -> str:
     when = "" if heldout.after_label == "after" else f" ({heldout.after_label})"
     outcome = f"held-out reward {format_reward(mean.before)} → {format_reward(mean.after)}{when}"
     return f"{name}: {outcome}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)

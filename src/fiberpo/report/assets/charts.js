@@ -57,9 +57,10 @@
   const config = { displaylogo: false, responsive: true, displayModeBar: coarse ? false : "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
+  // A page may show figures in another way than they are stored: root.view(figure).
   function draw(element, figure) {
     drawn.set(element, figure);
-    const own = painted(figure);
+    const own = painted(root.view ? root.view(figure) : figure);
     return Plotly.react(element, own.data, layout(own.layout), config);
   }
 
@@ -87,7 +88,10 @@
       return;
     }
     for (const element of document.querySelectorAll("[data-panel]")) {
-      draw(element, data.panels[element.dataset.panel]);
+      const show = () => draw(element, data.panels[element.dataset.panel]);
+      const fold = element.closest("details"); // closed, it has no width
+      if (fold) fold.addEventListener("toggle", () => { if (fold.open) show(); });
+      if (!fold || fold.open) show();
     }
     if (root.explore) root.explore();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
@@ -102,5 +106,6 @@
 
   root.data = data;
   root.draw = draw;
+  root.redraw = redraw;
   addEventListener("DOMContentLoaded", start);
 })(window.fiberpo);
