@@ -23,6 +23,7 @@ LAYERS = [
     {"diagnosis"},
     {"integrations", "report"},
     {"train"},
+    {"study"},
     {"cli", "__main__"},
 ]
 """A module imports from its own layer or from one above it in this list, never from below."""
