@@ -14,6 +14,7 @@ from .app import app
 from .options import budgets_from, objective_kwargs
 from .recordings import doctor, replay, suggest
 from .reporting import report
+from .study import study
 from .theory import bounds, figures, lab
 from .training import train, warmstart
 
@@ -70,5 +71,5 @@ def _say(message: str) -> int:
 
 __all__ = [
     "app", "bounds", "budgets_from", "doctor", "figures", "lab", "main", "objective_kwargs",
-    "replay", "report", "suggest", "train", "warmstart",
+    "replay", "report", "study", "suggest", "train", "warmstart",
 ]  # fmt: skip

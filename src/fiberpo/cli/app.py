@@ -8,7 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 ORDER = (
-    "train", "report", "doctor", "replay", "suggest", "bounds", "figures", "lab", "warmstart",
+    "train", "report", "doctor", "replay", "suggest", "study", "bounds", "figures", "lab",
+    "warmstart",
 )  # fmt: skip
 """Commands as a user meets them; others follow in the order in which they were added."""
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 OBJECTIVES = (
@@ -37,6 +38,17 @@ def complete_run(incomplete: str) -> list[str]:
     whole = incomplete.endswith("/") or not incomplete
     folder, start = (typed, "") if whole else (typed.parent, typed.name)
     return [str(path) if _is_run(path) else f"{path}/" for path in _inside(folder, start)]
+
+
+def complete_study(incomplete: str) -> list[str]:
+    """Shipped studies that begin so.
+
+    >>> complete_study("sm")
+    ['small']
+    """
+    folder = files("fiberpo") / "assets" / "studies"
+    names = (entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+    return sorted(name for name in names if name.startswith(incomplete))
 
 
 def _inside(folder: Path, start: str) -> list[Path]:

@@ -40,6 +40,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
     say: Any = print,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Run, or continue, a training run; everything it writes lies in ``config.run_dir``.
 
@@ -49,6 +50,7 @@ def train(
         overwrite: replace a run of the same name.
         progress: show a progress bar.
         say: takes the lines meant for a person.
+        report: write ``report.html`` and ``report.png``; `fiberpo.report` can do it later.
 
     Returns:
         The content of ``summary.json``.
@@ -118,7 +120,8 @@ def train(
         "versions": versions(),
     }
     (run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1))
-    write_report(run_dir)
+    if report:
+        write_report(run_dir)
     return summary
 
 
