@@ -103,8 +103,7 @@ class BudgetStop:
         """Which tokens each scale stops, coarse to fine, ``"token"`` last."""
         layout = self.lay_out(batch) if layout is None else layout
         log_ratio, up = batch.log_ratio.detach().double(), batch.advantages > 0
-        outward = (batch.advantages != 0) & ~(batch.advantages * log_ratio < 0)
-        found = {}
+        outward, found = self._outward(batch.advantages, log_ratio), {}
         if layout.contexts is not None:
             beyond = self._beyond(log_ratio, layout.contexts)
             for k, name in enumerate(self.strata):
@@ -114,11 +113,19 @@ class BudgetStop:
         own = torch.where(up, log_ratio > above, log_ratio < -below)
         return {**found, "token": outward & own}
 
+    def _outward(self, advantages: Tensor, log_ratio: Tensor) -> Tensor:
+        """``[N]``: where the gradient does not bring the token back."""
+        return (advantages != 0) & ~(advantages * log_ratio < 0)
+
+    def _aggregates(self, log_ratio: Tensor, at: ContextLayout) -> Tensor:
+        """``[2, C]``: ``S+`` and ``S-`` of the contexts, over all ranks."""
+        drift = at.omega * SignedLog().decompose(log_ratio)
+        sums = at.strata.push_up(at.strata.leaf_segments.rows(drift))
+        return at.match.merge(sums) / at.mass
+
     def _beyond(self, log_ratio: Tensor, at: ContextLayout) -> Tensor:
         """``[2, C]``: channels of the contexts that are out of their budget."""
-        strata = at.strata
-        drift = at.omega * SignedLog().decompose(log_ratio)
-        mean = at.match.merge(strata.push_up(strata.leaf_segments.rows(drift))) / at.mass
+        strata, mean = at.strata, self._aggregates(log_ratio, at)
         parts = []
         for k, name in enumerate(strata.names):
             here = strata.level(k)

@@ -16,6 +16,7 @@ from ..corrections import masked, needs_engine
 from ..errors import ConfigError
 from ..objective import Objective
 from ..recipes import from_name
+from .rewards import load_attribute
 
 CONFIG_FILE = "config.yaml"
 
@@ -44,7 +45,8 @@ class TrainConfig:
             final answer must equal the data's answer column.
         domain_column: column of ``data`` with the domain.
         domain_weights: share of each domain; by default proportional to the square roots of sizes.
-        objective: a recipe of `fiberpo.recipes`.
+        objective: a recipe of `fiberpo.recipes`, or your own: ``file.py:function`` or
+            ``module:function``, a function that returns an `Objective`.
         objective_kwargs: its parameters.
         mask_max, mask_mean: leave out answers with a token beyond this k2, or a mean k3 beyond
             this, in nats, between the policy that sampled them and the current one.
@@ -67,6 +69,8 @@ class TrainConfig:
             gate can act.
         passes_per_rollout: how often each rollout is used.
         micro_batch: answers in one forward pass; None takes a whole update at once.
+        split_mode: ``exact``; ``local`` or ``stale`` aggregates over micro-batches, which are not
+            (`fiberpo.exact`).
         learning_rate: of AdamW without weight decay, constant after the warm-up.
         warmup_steps: optimizer steps of linear warm-up.
         max_grad_norm: gradient clipping.
@@ -107,6 +111,7 @@ class TrainConfig:
     updates_per_rollout: int = 4
     passes_per_rollout: int = 1
     micro_batch: int | None = None
+    split_mode: str = "exact"
     learning_rate: float = 1e-4
     warmup_steps: int = 8
     max_grad_norm: float = 1.0
@@ -161,6 +166,10 @@ class TrainConfig:
             raise ConfigError(
                 f"engine_noise is {self.engine_noise}; it is a finite number, 0 (no noise) or more"
             )
+        if self.split_mode not in ("exact", "local", "stale"):
+            raise ConfigError(
+                f"split_mode = {self.split_mode!r}; it is 'exact', 'local' or 'stale'"
+            )
         if self.data is not None and self.tasks:
             raise ConfigError(f"data = {self.data!r} and tasks = {self.tasks}: give one of them")
         if self.objective != "dr_grpo" or self.max_completion_length is not None:
@@ -189,7 +198,8 @@ class TrainConfig:
     @property
     def run_name(self) -> str:
         """``name``, or one made of objective, model and seed."""
-        return self.name or f"{self.objective}-{Path(self.model).name}-seed{self.seed}"
+        objective = self.objective.rpartition(":")[2]
+        return self.name or f"{objective}-{Path(self.model).name}-seed{self.seed}"
 
     @property
     def run_dir(self) -> Path:
@@ -204,7 +214,7 @@ class TrainConfig:
         if self.objective == "dr_grpo" and self.max_completion_length:
             parameters.setdefault("length", self.max_completion_length)
         objective = masked(
-            from_name(self.objective, **parameters), mask_max=self.mask_max,
+            self._unmasked(parameters), mask_max=self.mask_max,
             mask_mean=self.mask_mean, correction=self.correction,
             correction_kwargs=self.correction_kwargs,
         )  # fmt: skip
@@ -216,6 +226,17 @@ class TrainConfig:
                 "engine_noise or engine_bf16."
             )
         return objective
+
+    def _unmasked(self, parameters: Mapping[str, Any]) -> Objective:
+        if ":" not in self.objective:
+            return from_name(self.objective, **parameters)
+        made = load_attribute(self.objective, "objective")(**parameters)
+        if not isinstance(made, Objective):
+            raise ConfigError(
+                f"objective {self.objective!r} returned a {type(made).__name__}; it must return a "
+                "fiberpo Objective"
+            )
+        return made
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values."""

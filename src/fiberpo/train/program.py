@@ -237,6 +237,7 @@ def _trainer(
         output_dir=str(config.run_dir),
         run_name=config.run_name,
         objective=config.objective,
+        split_mode=config.split_mode,
         domain_column="domain",
         reward_range=source.reward_range(config),
         per_device_train_batch_size=config.rows_per_forward,

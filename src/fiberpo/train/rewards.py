@@ -19,6 +19,33 @@ from fiberpo.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
+def load_attribute(spec: str, what: str) -> Callable[..., Any]:
+    """Load a function from ``path/to/file.py:function`` or ``package.module:function``.
+
+    Args:
+        spec: where it is.
+        what: what to call it in errors, ``"reward function"``.
+
+    Errors:
+        ConfigError where the file, module or function is missing, or the import fails.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise ConfigError(f"{what} {spec!r}: write path/to/file.py:function or "
+                          f"package.module:function")  # fmt: skip
+    module = _import_place(place, f"{what} {spec!r}")
+    function = getattr(module, name, None)
+    if function is None:
+        close = difflib.get_close_matches(name, [n for n in vars(module) if n[0] != "_"], n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"{what} {spec!r}: {place} has no {name!r}{hint}")
+    if not callable(function):
+        raise ConfigError(f"{what} {spec!r}: {name} is a {type(function).__name__}, which "
+                          f"cannot be called")  # fmt: skip
+    found: Callable[..., Any] = function
+    return found
+
+
 def load_function(spec: str) -> Callable[..., Any]:
     """Load a reward function from ``path/to/file.py:function`` or ``package.module:function``.
 
@@ -28,19 +55,8 @@ def load_function(spec: str) -> Callable[..., Any]:
         ConfigError where the file, module or function is missing, the import fails, or the
         function does not take any keyword (columns that it names itself are handed to it).
     """
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
-        raise ConfigError(f"reward function {spec!r}: write path/to/file.py:function or "
-                          f"package.module:function")  # fmt: skip
-    module = _import_place(place, spec)
-    function = getattr(module, name, None)
-    if function is None:
-        close = difflib.get_close_matches(name, [n for n in vars(module) if n[0] != "_"], n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"reward function {spec!r}: {place} has no {name!r}{hint}")
-    if not callable(function):
-        raise ConfigError(f"reward function {spec!r}: {name} is a {type(function).__name__}, which "
-                          f"cannot be called")  # fmt: skip
+    function = load_attribute(spec, "reward function")
+    name = spec.rpartition(":")[2]
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:
@@ -59,17 +75,17 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-def _import_place(place: str, spec: str) -> ModuleType:
+def _import_place(place: str, named: str) -> ModuleType:
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)
         path = Path(place).expanduser().resolve()
         if not path.is_file():
-            raise ConfigError(f"reward function {spec!r}: no file {place}; check the path")
+            raise ConfigError(f"{named}: no file {place}; check the path")
         name = f"fiberpo_user_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
         found = importlib.util.spec_from_file_location(name, path)
         if found is None or found.loader is None:
-            raise ConfigError(f"reward function {spec!r}: {place} cannot be imported")
+            raise ConfigError(f"{named}: {place} cannot be imported")
         module = importlib.util.module_from_spec(found)
         sys.modules[name] = module  # dataclasses and pickle look the module up there
         found.loader.exec_module(module)
@@ -77,5 +93,5 @@ def _import_place(place: str, spec: str) -> ModuleType:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"reward function {spec!r}: importing {place} failed: "
+        raise ConfigError(f"{named}: importing {place} failed: "
                           f"{type(error).__name__}: {error}") from error  # fmt: skip
