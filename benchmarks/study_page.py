@@ -1,0 +1,81 @@
+"""The tables and numbers of `docs/study.md`, written from the tables in `docs/study/`.
+
+    python benchmarks/study_page.py [--check]
+    python benchmarks/study_page.py --take runs/study-small       copy the table of a finished study
+
+``--check`` changes nothing and exits with 1 where the page is not what the tables say. Besides the
+blocks of `fiberpo.study.markdown` there are marks for single numbers:
+
+    study:NAME:difference:SETTING:A:B:MEASURE   paired difference A - B with its 95 % interval
+    study:NAME:mean:SETTING:ARM:MEASURE         mean over the seeds
+    study:NAME:collapsed:SETTING:ARM            collapsed cells of finished ones
+    study:NAME:cells                            finished cells and their hours
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from fiberpo.study import measures as measuring
+from fiberpo.study.design import find_study, load_study
+from fiberpo.study.markdown import blocks, fill_page
+from fiberpo.study.statistics import ALL, compare
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, TABLES = ROOT / "docs/study.md", ROOT / "docs/study"
+
+
+def single_numbers(name, study, cells):
+    """Mark -> text for the numbers in sentences."""
+    mark, found = f"study:{name}", {}
+    for row in compare(cells, study.pairs).to_dict("records"):
+        setting = "all" if row["setting"] == ALL else row["setting"]
+        key = f"{mark}:difference:{setting}:{row['a']}:{row['b']}:{row['measure']}"
+        interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
+        found[key] = f"{row['difference']:+.2f}{interval}"
+    finished = cells[cells["status"] == "finished"]
+    for (setting, arm), own in finished.groupby(["setting", "arm"]):
+        for measure in ("before", "final", "best", "auc", "weakest", "damage", "entropy"):
+            found[f"{mark}:mean:{setting}:{arm}:{measure}"] = f"{own[measure].mean():.2f}"
+        for column in own.columns:
+            if column.startswith("final/domain="):
+                domain = column.removeprefix("final/domain=")
+                found[f"{mark}:mean:{setting}:{arm}:{domain}"] = f"{own[column].mean():.2f}"
+        gone = int((own["collapsed"] > 0).sum())
+        found[f"{mark}:collapsed:{setting}:{arm}"] = f"{gone} of {len(own)}"
+    hours = finished["cell_seconds"].sum() / 3600
+    found[f"{mark}:cells"] = f"{len(finished)} cells, {hours:.1f} hours of one thread"
+    return found
+
+
+def filled(text):
+    """The page with every mark filled."""
+    for path in sorted(TABLES.glob("*.parquet")):
+        name = path.stem
+        study = load_study(find_study(name))
+        cells = measuring.arranged(measuring.cell_measures(pd.read_parquet(path)), study)
+        found = {**blocks(cells, study), **single_numbers(name, study, cells)}
+        text = fill_page(text, {k: v for k, v in found.items() if f"<!-- {k} -->" in text})
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--take", type=Path, help="output directory of a finished study")
+    options = parser.parse_args()
+    if options.take is not None:
+        table = pd.read_parquet(options.take / "results.parquet")
+        TABLES.mkdir(exist_ok=True)
+        table.to_parquet(TABLES / f"{table['study'].iloc[0]}.parquet", index=False)
+    text = PAGE.read_text()
+    new = filled(text)
+    if options.check:
+        sys.exit(int(new != text))
+    PAGE.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
