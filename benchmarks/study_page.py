@@ -8,6 +8,7 @@ blocks of `fiberpo.study.markdown` there are marks for single numbers:
 
     study:NAME:difference:SETTING:A:B:MEASURE   paired difference A - B with its 95 % interval
     study:NAME:mean:SETTING:ARM:MEASURE         mean over the seeds
+    study:NAME:metric:SETTING:ARM:COLUMN        mean of a training metric over updates and seeds
     study:NAME:collapsed:SETTING:ARM            collapsed cells of finished ones
     study:NAME:cells                            finished cells and their hours
 """
@@ -27,9 +28,23 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE, TABLES = ROOT / "docs/study.md", ROOT / "docs/study"
 
 
-def single_numbers(name, study, cells):
+METRICS = (
+    "gate/gradient_reversed",
+    "gate/gradient_amplified",
+    "kl/k3",
+    "mask/kept",
+    "gate/left_out",
+)
+"""Training metrics that the page names."""
+
+
+def single_numbers(name, study, cells, table):
     """Mark -> text for the numbers in sentences."""
     mark, found = f"study:{name}", {}
+    for (setting, arm), own in table[table["step"] > 0].groupby(["setting", "arm"]):
+        for column in METRICS:
+            if column in own and own[column].notna().any():
+                found[f"{mark}:metric:{setting}:{arm}:{column}"] = f"{own[column].mean():.3f}"
     for row in compare(cells, study.pairs).to_dict("records"):
         setting = "all" if row["setting"] == ALL else row["setting"]
         key = f"{mark}:difference:{setting}:{row['a']}:{row['b']}:{row['measure']}"
@@ -55,8 +70,9 @@ def filled(text):
     for path in sorted(TABLES.glob("*.parquet")):
         name = path.stem
         study = load_study(find_study(name))
-        cells = measuring.arranged(measuring.cell_measures(pd.read_parquet(path)), study)
-        found = {**blocks(cells, study), **single_numbers(name, study, cells)}
+        table = pd.read_parquet(path)
+        cells = measuring.arranged(measuring.cell_measures(table), study)
+        found = {**blocks(cells, study), **single_numbers(name, study, cells, table)}
         text = fill_page(text, {k: v for k, v in found.items() if f"<!-- {k} -->" in text})
     return text
 
@@ -69,7 +85,8 @@ def main():
     if options.take is not None:
         table = pd.read_parquet(options.take / "results.parquet")
         TABLES.mkdir(exist_ok=True)
-        table.to_parquet(TABLES / f"{table['study'].iloc[0]}.parquet", index=False)
+        place = TABLES / f"{table['study'].iloc[0]}.parquet"
+        table.to_parquet(place, index=False, compression="zstd")
     text = PAGE.read_text()
     new = filled(text)
     if options.check:
