@@ -11,15 +11,15 @@ context ``c``), but nothing is projected, rolled back or zeroed: a token is stop
 A token whose gradient brings it back (``A_i l_i < 0``) is never stopped, whatever its contexts do.
 ``M`` is a factor without gradient. At ``r = 1`` every ``S`` is 0 and ``M = 1``.
 
-Why a stop: the gates of a hierarchy act on the derivative with respect to ``S_c``, which is the sum
-of ``mu_i A_i G_i`` below ``c``. With advantages that are centred in each prompt group that sum is
-0 at first order for every group and every domain, so a gate there has next to no force, however far
-its context has drifted. A stop does not depend on that sum.
+Why a stop: the slope of the gate of a context ``c`` multiplies the sum of ``mu_i A_i G_i`` below
+``c``. With advantages that are centred in each prompt group that sum is 0 at first order for every
+group and every domain, so a gate there has next to no force, however far its context has drifted
+(``fiberpo lab --only "no force"``). A stop does not depend on that sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +33,32 @@ from .collective import LOCAL, Collective
 from .errors import ObjectiveError
 from .labels import order_strata
 from .layout import ContextLayout, Layout, lay_out
-from .statistics import Moments
 
 MEASURES = ("trajectory", "token")
+
+
+@dataclass(frozen=True, eq=False)
+class Stopped:
+    """What a `BudgetStop` says of a batch.
+
+    Attributes:
+        layout: the contexts.
+        tokens: scale, coarse to fine and ``"token"`` last -> ``[N]`` tokens that it stops.
+        far: ``[N]`` tokens beyond epsilon, whatever their advantage.
+        mean, beyond: ``[2, C]`` drifts ``S+-`` of the contexts, and which are out of their budget;
+            None without a stratum.
+    """
+
+    layout: Layout
+    tokens: Mapping[str, Bool[Tensor, " N"]]
+    far: Bool[Tensor, " N"]
+    mean: Float[Tensor, "2 C"] | None = None
+    beyond: Bool[Tensor, "2 C"] | None = None
+
+    @property
+    def kept(self) -> Float[Tensor, " N"]:
+        """``M``: 1 where a token is kept, 0 where some scale stops it."""
+        return (~torch.stack(list(self.tokens.values())).any(0)).double()
 
 
 @dataclass(frozen=True)
@@ -60,11 +83,15 @@ class BudgetStop:
     def __init__(
         self,
         budgets: Mapping[str, BudgetLike],
-        epsilon: tuple[float, float],
+        epsilon: Sequence[float],
         measure: str = "trajectory",
     ) -> None:
         if measure not in MEASURES:
             raise ObjectiveError(f'measure is {measure!r}; it is "trajectory" or "token"')
+        if isinstance(epsilon, str) or len(epsilon) != 2:
+            raise ObjectiveError(
+                f"epsilon is {epsilon!r}; it is a number or a pair (above, below), in nats"
+            )
         for number in epsilon:
             if number != float("inf"):
                 check_positive("epsilon", number)
@@ -79,62 +106,60 @@ class BudgetStop:
         """Strata above the token that have a budget, coarse to fine."""
         return tuple(self.budgets)
 
-    def lay_out(self, batch: RatioBatch, collective: Collective = LOCAL, **more: bool) -> Layout:
-        """The contexts, over all ranks (see `layout.lay_out`)."""
+    def lay_out(self, batch: RatioBatch, collective: Collective = LOCAL) -> Layout:
+        """The contexts, over all ranks (see `layout.lay_out`).
+
+        A context that is the only child of its parent has a drift of its own: nothing to warn of.
+        """
         return lay_out(
             batch, self.strata, measure=self.measure, needs_advantage=False, states=None,
-            collective=collective, **more,
+            collective=collective, warn=False,
         )  # fmt: skip
 
     def __call__(self, batch: RatioBatch, layout: Layout | None = None) -> Float[Tensor, " N"]:
-        """1 where a token is kept, 0 where it is stopped.
+        """1 where a token is kept, 0 where it is stopped; arguments as in `stopped`."""
+        return self.stopped(batch, layout).kept
+
+    @torch.no_grad()
+    def stopped(self, batch: RatioBatch, layout: Layout | None = None) -> Stopped:
+        """Which tokens each scale stops.
 
         Args:
             batch: the tokens.
-            layout: `lay_out` of the same tokens, over all ranks; by default of this process alone.
+            layout: `lay_out` of the same tokens, over all ranks (which call together); by default
+                of this process alone.
         """
-        stopped = self.stopped(batch, layout).values()
-        return (~torch.stack(list(stopped)).any(0)).double()
-
-    @torch.no_grad()
-    def stopped(
-        self, batch: RatioBatch, layout: Layout | None = None
-    ) -> dict[str, Bool[Tensor, " N"]]:
-        """Which tokens each scale stops, coarse to fine, ``"token"`` last."""
         layout = self.lay_out(batch) if layout is None else layout
         log_ratio, up = batch.log_ratio.detach().double(), batch.advantages > 0
         outward = (batch.advantages != 0) & ~(batch.advantages * log_ratio < 0)
-        found = {}
-        if layout.contexts is not None:
-            beyond = self._beyond(log_ratio, layout.contexts)
-            for k, name in enumerate(self.strata):
-                positive, negative = self._at_tokens(beyond, layout.contexts, k)
-                found[name] = outward & torch.where(up, positive, negative)
-        above, below = self.epsilon
-        own = torch.where(up, log_ratio > above, log_ratio < -below)
-        return {**found, "token": outward & own}
+        above, below = log_ratio > self.epsilon[0], log_ratio < -self.epsilon[1]
+        own = outward & torch.where(up, above, below)
+        if layout.contexts is None:
+            return Stopped(layout, {"token": own}, above | below)
+        at, found = layout.contexts, {}
+        mean = self._drifts(log_ratio, at)
+        beyond = mean > self._limits(at)
+        for k, name in enumerate(at.strata.names):
+            positive, negative = _at_tokens(beyond, at, k)
+            found[name] = outward & torch.where(up, positive, negative)
+        return Stopped(layout, {**found, "token": own}, above | below, mean, beyond)
 
-    def _beyond(self, log_ratio: Tensor, at: ContextLayout) -> Tensor:
-        """``[2, C]``: channels of the contexts that are out of their budget."""
-        strata = at.strata
+    def _drifts(self, log_ratio: Tensor, at: ContextLayout) -> Tensor:
         drift = at.omega * SignedLog().decompose(log_ratio)
-        mean = at.match.merge(strata.push_up(strata.leaf_segments.rows(drift))) / at.mass
-        parts = []
+        return at.match.merge(at.strata.push_up(at.strata.leaf_segments.rows(drift))) / at.mass
+
+    def _limits(self, at: ContextLayout) -> Tensor:
+        """``[2, C]`` budgets of the contexts."""
+        strata, parts = at.strata, []
         for k, name in enumerate(strata.names):
-            here = strata.level(k)
-            size = here.stop - here.start
-            budget = self.budgets[name].resolve(name, strata.context_names[k], size)
-            parts.append(mean[:, here] > budget.to(mean.device))
-        return torch.cat(parts, dim=1)
+            size = strata.bounds[k + 1] - strata.bounds[k]
+            parts.append(self.budgets[name].resolve(name, strata.context_names[k], size))
+        return torch.cat(parts, dim=1).to(at.mass.device)
 
-    def _at_tokens(self, beyond: Tensor, at: ContextLayout, k: int) -> Tensor:
-        """``[2, N]``: of the contexts of stratum ``k``, at the tokens below them."""
-        strata = at.strata
-        mine = torch.zeros_like(beyond, dtype=torch.float64)
-        mine[:, strata.level(k)] = beyond[:, strata.level(k)].double()
-        return strata.at_tokens(strata.sum_path(mine)) > 0
 
-    def measured(self, batch: RatioBatch, layout: Layout | None = None) -> dict[str, Moments]:
-        """``stop/<scale>``: fraction of the tokens that each scale stops."""
-        stopped = self.stopped(batch, layout)
-        return {f"stop/{name}": Moments.of(tokens) for name, tokens in stopped.items()}
+def _at_tokens(beyond: Tensor, at: ContextLayout, k: int) -> Tensor:
+    """``[2, N]``: of the contexts of stratum ``k``, at the tokens below them."""
+    strata = at.strata
+    mine = torch.zeros_like(at.mass.expand(2, -1))
+    mine[:, strata.level(k)] = beyond[:, strata.level(k)].double()
+    return strata.at_tokens(strata.sum_path(mine)) > 0
