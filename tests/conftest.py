@@ -36,8 +36,8 @@ with warnings.catch_warnings():
             "fiberpo.ops.plan", "fiberpo.ops.reference", "fiberpo.ops.segments",
             "fiberpo.peer_gates",
             "fiberpo.peers", "fiberpo.recipes", "fiberpo.token_masks",
-            "fiberpo.statistics", "fiberpo.strata", "fiberpo.length_neutral",
-            "fiberpo.weights",
+            "fiberpo.statistics", "fiberpo.stopping", "fiberpo.stops", "fiberpo.strata",
+            "fiberpo.length_neutral", "fiberpo.weights",
         ],
         "_typecheck.check",
     )  # fmt: skip

@@ -28,6 +28,6 @@ def build(
         weights: aggregation weights, or their name.
         parameters: ``locals()`` of the recipe; what is no argument of it is left out.
     """
-    internal = {"factors", "gates", "gate_map", "slopes", "unknown"}
+    internal = {"factors", "gates", "gate_map", "pair", "slopes", "unknown"}
     shown = {k: v for k, v in parameters.items() if k not in internal}
     return Objective(Weights.parse(weights), gate_map, mask, name, shown, papers, factors)

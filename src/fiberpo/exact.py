@@ -318,7 +318,7 @@ class Window:
 
     def _part_plan(self, k: int, part: RatioBatch) -> Plan:
         """Of one part by itself, with the weights that it has in the whole step."""
-        collective = self.stepper.memory if self.route is Route.STALE else LOCAL
+        collective = self.stepper.memory.open_part() if self.route is Route.STALE else LOCAL
         return self.stepper.objective.plan(part, collective=collective, mu=self._shares[k])
 
     def close(self) -> None:

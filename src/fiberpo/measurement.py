@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from .batch import RatioBatch
 from .charts import SignedLog
 from .gates import Regime, Zero
 from .gating import GatedRatio
+from .layout import ContextLayout
 from .statistics import Histogram, Moments, Statistics
+from .stops import Stopped
 from .strata import Strata
 
 MOST_DOMAINS = 64
@@ -18,7 +22,11 @@ MOST_DOMAINS = 64
 
 @torch.no_grad()
 def measure(
-    batch: RatioBatch, gated: GatedRatio, weight: Tensor, coefficients: Tensor
+    batch: RatioBatch,
+    gated: GatedRatio,
+    weight: Tensor,
+    coefficients: Tensor,
+    stops: Sequence[Stopped] = (),
 ) -> Statistics:
     """All statistics of one objective call.
 
@@ -28,6 +36,9 @@ def measure(
     construction, does not count). ``gate/left_out`` is the fraction of tokens that a mask or a
     factor of 0 takes away from an advantage. ``gate/gradient_*`` compare the coefficients with
     those of the ungated objective ``mu A r`` on the tokens that are left, weighed by their size.
+    ``stop/<scale>`` are fractions of tokens; where no gate stands at a scale, ``gate/<scale>/...``
+    is of the stop there: pass is within budget, zeroed is out of it, the drift is the context's
+    own.
     """
     means: dict[str, Moments] = {}
     drifts: dict[str, tuple[Moments, Histogram]] = {}
@@ -43,15 +54,12 @@ def measure(
         acting = (worst > 0) & counts.to(worst.device)[strata.stratum]
         blocked = strata.sum_path(acting.double()[None])
         active = active | (strata.at_tokens(blocked)[0] > 0)
-        share = _share(gated)
-        for k, name in enumerate(strata.names):
-            here = torch.zeros(len(strata), dtype=torch.bool, device=worst.device)
-            here[strata.level(k)] = True
-            for suffix, mine in {"": here, **_contexts_by_domain(batch, strata, here)}.items():
-                _fractions(means, f"gate/{name}", worst[mine], suffix, share[mine])
-                _drifts(drifts, f"gate/{name}", gated.residual[:, mine], suffix, share[mine])
+        assert gated.layout.contexts is not None
+        for name in strata.names:
+            _contexts(means, drifts, batch, gated.layout.contexts, name, worst, gated.residual)
     _fractions(means, "gate/token", _worst(gated.token.regime))
     _drifts(drifts, "gate/token", _own_channel(gated))
+    _stops(means, drifts, batch, gated, stops)
     means["gate/active"] = Moments.of(active)
     means["gate/left_out"] = Moments.of((weight == 0) & (batch.advantages != 0))
     log_ratio = gated.log_ratio
@@ -80,12 +88,50 @@ def _own_channel(gated: GatedRatio) -> Tensor:
     return gated.token_drift
 
 
-def _share(gated: GatedRatio) -> Tensor:
+def _stops(
+    means: dict[str, Moments],
+    drifts: dict[str, tuple[Moments, Histogram]],
+    batch: RatioBatch,
+    gated: GatedRatio,
+    stops: Sequence[Stopped],
+) -> None:
+    tokens: dict[str, Tensor] = {}
+    for stop in stops:
+        for name, mine in stop.tokens.items():
+            tokens[name] = tokens[name] | mine if name in tokens else mine
+        if isinstance(gated.gate_map.token, Zero):
+            _fractions(means, "gate/token", Regime.ZERO * stop.far)
+        at = stop.layout.contexts
+        if at is not None and stop.mean is not None and stop.beyond is not None:
+            worst = Regime.ZERO * stop.beyond.any(0)
+            for name in at.strata.names:
+                if name not in gated.gate_map.gates:
+                    _contexts(means, drifts, batch, at, name, worst, stop.mean)
+    for name, mine in tokens.items():
+        means[f"stop/{name}"] = Moments.of(mine)
+
+
+def _contexts(
+    means: dict[str, Moments],
+    drifts: dict[str, tuple[Moments, Histogram]],
+    batch: RatioBatch,
+    at: ContextLayout,
+    name: str,
+    worst: Tensor,
+    drift: Tensor,
+) -> None:
+    """Fractions and drifts of one stratum, ``worst`` and ``drift`` being of all contexts."""
+    strata, share = at.strata, _share(at)
+    here = torch.zeros(len(strata), dtype=torch.bool, device=worst.device)
+    here[strata.level(strata.names.index(name))] = True
+    for suffix, mine in {"": here, **_contexts_by_domain(batch, strata, here)}.items():
+        _fractions(means, f"gate/{name}", worst[mine], suffix, share[mine])
+        _drifts(drifts, f"gate/{name}", drift[:, mine], suffix, share[mine])
+
+
+def _share(at: ContextLayout) -> Tensor:
     """Part of each context's tokens that this rank holds; 1 in a single process."""
-    at = gated.layout.contexts
-    assert at is not None
-    ones = torch.ones_like(gated.log_ratio)
-    return at.strata.push_up(at.strata.leaf_segments.sum(ones)[None])[0] / at.count
+    return at.strata.push_segments(at.strata.segment_lengths.double()[None])[0] / at.count
 
 
 def _fractions(

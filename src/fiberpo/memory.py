@@ -37,13 +37,20 @@ class Memory:
     """A `Collective` whose merges answer with the sums of the last window that held a context.
 
     Each reduction of an evaluation is a *stage* (masses, drifts, adjoints). What the parts of the
-    current window add up to is noted, and takes effect at `turn_over`.
+    current window add up to is noted, and takes effect at `turn_over`. Gates and stops may look at
+    the same strata: each `match` of a part has a table of its own.
     """
 
     collective: Collective = LOCAL
     size: int = 2  # never taken for a whole batch
     _past: dict[tuple[str, ...], _Table] = field(default_factory=dict)
     _notes: dict[tuple[str, ...], list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
+    _matches: int = 0
+
+    def open_part(self) -> Memory:
+        """Another part: its matches come in the same order as those of the part before."""
+        self._matches = 0
+        return self
 
     def total(self, values: Tensor) -> Tensor:
         """Not used: denominators are those of the window."""
@@ -55,7 +62,9 @@ class Memory:
 
     def match(self, contexts: Contexts) -> Match:
         """Merges that look contexts up by their keys."""
-        return _Recall(self, contexts)
+        self._matches += 1
+        names = (*getattr(contexts, "names", ()), str(self._matches))
+        return _Recall(self, contexts, names)
 
     def clear(self) -> None:
         """Forget everything: new rollouts, new contexts."""
@@ -106,13 +115,13 @@ class _Recall:
 
     memory: Memory
     contexts: Contexts
+    names: tuple[str, ...]
     width: int = 0
     stage: int = 0
 
     def merge(self, values: Tensor) -> Tensor:
         index, keys, _ = self.contexts.shared_contexts()
-        names = tuple(getattr(self.contexts, "names", ()))
-        recalled = self.memory.recall(names, self.stage, keys, values[:, index])
+        recalled = self.memory.recall(self.names, self.stage, keys, values[:, index])
         self.stage += 1
         merged = values.clone()
         merged[:, index] = recalled

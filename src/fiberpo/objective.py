@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int8
@@ -24,6 +24,7 @@ from .collective import LOCAL, Collective, Match
 from .errors import ObjectiveError
 from .gates import BudgetClip, Regime
 from .gating import GatedRatio, GateMap
+from .labels import order_strata
 from .layout import Layout
 from .lowering import cannot_lower, lower
 from .masks import Renormalised, SequenceMask, certainty_of
@@ -32,7 +33,8 @@ from .ops.dispatch import REFERENCE, choose, resolve
 from .ops.plan import GatePlan, Merge
 from .ops.segments import Segments
 from .statistics import Statistics
-from .stops import BudgetStop
+from .stops import BudgetStop, Stopped
+from .token_masks import TokenFactor
 from .weights import Denominators, Weights
 
 GradientForm = Literal["closed_form", "autograd"]
@@ -51,15 +53,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return outer[0].to(gradient.dtype) * gradient, None, None
-
-
-@runtime_checkable
-class TokenFactor(Protocol):
-    """A factor on the term of every token; its gradient is not taken."""
-
-    def __call__(self, batch: RatioBatch) -> Float[Tensor, " N"]:
-        """``[N]`` float64, >= 0; 0 leaves a token out."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -106,10 +99,7 @@ class Objective:
             self._check_parts(batch)
         batch = batch.joined(collective)
         layout = self.gate_map.lay_out(batch, collective, warn=mu is None)
-        stops = tuple(
-            f.lay_out(batch, collective, warn=mu is None) if isinstance(f, BudgetStop) else None
-            for f in self.factors
-        )
+        stops = tuple(stop.lay_out(batch, collective) for stop in self.stops)
         if mu is None:
             mu = self.weights.shares(batch, denominators, collective)
         return Plan(self.gate_map, layout, mu, collective, batch, stops)
@@ -144,9 +134,9 @@ class Objective:
             plan = self.plan(batch, denominators=denominators, collective=collective)
         batch = plan.adopt(batch)
         with torch.no_grad():
-            scale, kept = self._scale(plan, batch)
+            known = self._scale(plan, batch)
         if gradient == "closed_form":
-            return self._closed_form(plan, batch, scale, kept, backend)
+            return self._closed_form(plan, batch, known, backend)
         if gradient != "autograd":
             raise ObjectiveError(f"gradient is {gradient!r}; use 'closed_form' or 'autograd'")
         if plan.collective.size > 1:
@@ -159,14 +149,14 @@ class Objective:
                 f"gradient='autograd' goes through the gate classes, not through {backend!r}"
             )
         gated = self.gate_map(batch, plan.layout)
-        weight = batch.spread(scale) * batch.advantages.double()
+        weight = batch.spread(known["scale"]) * batch.advantages.double()
         loss, minus = -gated.objective(weight), -gated.pullback(weight)
-        return Surrogate(self, batch, loss, minus, plan, scale, kept, _gated=gated)
+        return Surrogate(self, batch, loss, minus, plan, **known, _gated=gated)
 
     def _closed_form(
-        self, plan: Plan, batch: RatioBatch, scale: Tensor, kept: Tensor | None, backend: str
+        self, plan: Plan, batch: RatioBatch, known: dict[str, Any], backend: str
     ) -> Surrogate:
-        backend = resolve(backend)
+        backend, scale = resolve(backend), known["scale"]
         reasons = [] if backend == REFERENCE else cannot_lower(self.gate_map, plan.layout)
         if reasons and backend != "auto":
             raise ObjectiveError(
@@ -179,7 +169,7 @@ class Objective:
                 weight = batch.spread(scale) * batch.advantages.double()
                 value, minus = -gated.objective(weight), -gated.pullback(weight)
             loss = _Linear.apply(batch.log_probs, value, minus.to(batch.log_probs.dtype))
-            return Surrogate(self, batch, loss, minus, plan, scale, kept, _gated=gated)
+            return Surrogate(self, batch, loss, minus, plan, **known, _gated=gated)
         lowered, layout = plan.lowered, plan.layout
         found = choose(backend, lowered, batch.log_probs).evaluate(
             lowered,
@@ -191,13 +181,13 @@ class Objective:
         )
         loss = _Linear.apply(batch.log_probs, -found.value, found.gradient)
         return Surrogate(
-            self, batch, loss, found.gradient, plan, scale, kept,
+            self, batch, loss, found.gradient, plan, **known,
             _mean=found.mean, _segment_values=-found.segment_values,
         )  # fmt: skip
 
-    def _scale(self, plan: Plan, batch: RatioBatch) -> tuple[Tensor, Tensor | None]:
-        """``mu M`` times the factors, ``[rows]`` or ``[N]``, and what the mask keeps."""
-        scale, kept = plan.shares, None
+    def _scale(self, plan: Plan, batch: RatioBatch) -> dict[str, Any]:
+        """``scale``, ``kept`` and ``stopped`` of the `Surrogate`."""
+        scale, kept, layouts, stopped = plan.shares, None, iter(plan.stops), []
         if self.mask is not None:
             kept = self.mask(batch)
             if len(scale) == batch.rows:
@@ -206,10 +196,24 @@ class Objective:
                 scale = scale * kept[batch.trajectory]
             if isinstance(self.mask, Renormalised):
                 scale = scale * self.mask.scale(plan.mu, kept[batch.trajectory], plan.collective)
-        for factor, at in zip(self.factors, plan.stops, strict=True):
-            found = factor(batch, at) if isinstance(factor, BudgetStop) else factor(batch)
-            scale = batch.spread(scale) * found
-        return scale, kept
+        for factor in self.factors:
+            if isinstance(factor, BudgetStop):
+                stopped.append(factor.stopped(batch, next(layouts)))
+                scale = batch.spread(scale) * stopped[-1].kept
+            else:
+                scale = batch.spread(scale) * factor(batch)
+        return {"scale": scale, "kept": kept, "stopped": tuple(stopped)}
+
+    @property
+    def stops(self) -> tuple[BudgetStop, ...]:
+        """Those of the factors that have budgets of contexts."""
+        return tuple(factor for factor in self.factors if isinstance(factor, BudgetStop))
+
+    @property
+    def strata(self) -> tuple[str, ...]:
+        """Strata above the token that a gate or a stop looks at, coarse to fine."""
+        names = [*self.gate_map.gates, *(name for stop in self.stops for name in stop.strata)]
+        return order_strata(list(dict.fromkeys(names)))
 
     @property
     def by_trajectory(self) -> bool:
@@ -217,12 +221,10 @@ class Objective:
         return self.mask is not None or bool(self.factors)
 
     def _check_parts(self, batch: RatioBatch) -> None:
-        names = [n for n in self.gate_map.gates if n in batch.labels]
+        names = [n for n in self.strata if n in batch.labels]
         token = self.gate_map.token
         if isinstance(token, BudgetClip) and token.states in batch.labels:
             names.append(token.states)
-        stops = [factor for factor in self.factors if isinstance(factor, BudgetStop)]
-        names.extend(name for stop in stops for name in stop.strata if name in batch.labels)
         cut = [n for n in names if any(batch.strata([n]).shared)]
         if "trajectory" in batch.labels and (self.by_trajectory or self.weights.by_trajectory):
             cut.append("trajectory")
@@ -255,7 +257,7 @@ class Plan:
         shares: aggregation weight of a token, ``[rows]`` or ``[N]`` float64; see `mu`.
         collective: the ranks.
         batch: the tokens.
-        stops: contexts of each factor that has some (`BudgetStop`), None for the others.
+        stops: contexts of each of `Objective.stops`.
     """
 
     gate_map: GateMap
@@ -263,7 +265,7 @@ class Plan:
     shares: Float[Tensor, "..."]
     collective: Collective
     batch: RatioBatch
-    stops: tuple[Layout | None, ...] = ()
+    stops: tuple[Layout, ...] = ()
 
     @cached_property
     def mu(self) -> Float[Tensor, " N"]:
@@ -307,6 +309,7 @@ class Surrogate:
         plan: contexts and aggregation weights.
         scale: ``mu_i M_i`` times the factors of the tokens, ``[rows]`` or ``[N]`` float64.
         kept: what the mask says of each trajectory, or None.
+        stopped: what each of `Objective.stops` says.
     """
 
     objective: Objective
@@ -316,6 +319,7 @@ class Surrogate:
     plan: Plan
     scale: Float[Tensor, "..."]
     kept: Bool[Tensor, " trajectories"] | None = None
+    stopped: tuple[Stopped, ...] = ()
     _gated: GatedRatio | None = field(default=None, repr=False)
     _mean: Tensor | None = field(default=None, repr=False)
     _segment_values: Tensor | None = field(default=None, repr=False)
@@ -381,14 +385,11 @@ class Surrogate:
     @cached_property
     def statistics(self) -> Statistics:
         """Mergeable statistics of this call, as tensors."""
-        found = measure(self.batch, self.gated, self.weight, self.coefficients)
-        more = {}
-        for factor, at in zip(self.objective.factors, self.plan.stops, strict=True):
-            if isinstance(factor, BudgetStop):
-                more.update(factor.measured(self.batch, at))
-        if self.kept is not None:
-            certainty = certainty_of(self.objective.mask, self.batch)
-            more.update(acceptance(self.batch, self.kept, certainty))
+        found = measure(self.batch, self.gated, self.weight, self.coefficients, self.stopped)
+        if self.kept is None:
+            return found
+        certainty = certainty_of(self.objective.mask, self.batch)
+        more = acceptance(self.batch, self.kept, certainty)
         return replace(found, means={**found.means, **more})
 
     def metrics(self) -> dict[str, float]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .budgets import BudgetLike
 from .building import Aggregation, build
 from .charts import Log
-from .errors import ObjectiveError, StrataError
+from .errors import StrataError
 from .gates import Zero
 from .gating import GateMap, Measure
 from .masks import SequenceMask
@@ -22,7 +22,7 @@ STOP_BUDGETS: Mapping[str, tuple[float, float]] = {
 
 def fiberstop(
     budgets: Mapping[str, BudgetLike] | None = None,
-    epsilon: float | tuple[float, float] = 0.2,
+    epsilon: float | Sequence[float] = 0.2,
     *,
     measure: Measure = "trajectory",
     weights: Aggregation = "trajectory_mean",
@@ -43,8 +43,8 @@ def fiberstop(
     gradient is that of the policy gradient, ``mu A``.
 
     Args:
-        budgets: stratum -> ``(C+, C-)`` in nats per token, or per context name. Default: domain
-            `STOP_BUDGETS`.
+        budgets: stratum -> ``(C+, C-)`` in nats per token, or per context name; may be empty.
+            Default: `STOP_BUDGETS`.
         epsilon: of the token's own log ratio, nats; a pair is (above, below).
         measure, weights, mask: as in `fiberpo_domain`.
 
@@ -66,10 +66,7 @@ def fiberstop(
             f"budgets is {budgets!r}; it maps stratum names to budgets, "
             '{"domain": (0.04, 0.04), "trajectory": (0.1, 0.1)}'
         )
-    pair = epsilon if isinstance(epsilon, (tuple, list)) else (epsilon, epsilon)
-    if len(pair) != 2:
-        raise ObjectiveError(f"epsilon is {epsilon!r}; it is a number or a pair (above, below)")
-    factors = (BudgetStop(budgets, (pair[0], pair[1]), measure),)
+    pair = epsilon if isinstance(epsilon, Sequence) else (epsilon, epsilon)
+    factors = (BudgetStop(budgets, pair, measure),)
     gate_map = GateMap(Log(), {}, Zero(), detached=True)
-    parameters = {k: v for k, v in locals().items() if k != "pair"}
-    return build("fiberstop", gate_map, weights, mask, ("fiberpo",), parameters, factors)
+    return build("fiberstop", gate_map, weights, mask, ("fiberpo",), locals(), factors)

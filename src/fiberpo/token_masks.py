@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +27,15 @@ from torch import Tensor
 from .batch import RatioBatch
 from .budgets import check_positive
 from .errors import ObjectiveError
+
+
+@runtime_checkable
+class TokenFactor(Protocol):
+    """A factor on the term of every token; its gradient is not taken."""
+
+    def __call__(self, batch: RatioBatch) -> Float[Tensor, " N"]:
+        """``[N]`` float64, >= 0; 0 leaves a token out."""
+        ...
 
 
 def _check(divergence: str) -> None:

@@ -190,7 +190,7 @@ def test_completion_of_the_shell_is_light() -> None:
         "COMP_WORDS": "fiberpo train --objective fiber", "COMP_CWORD": "3",
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.stdout.split() == ["fiberpo", "fiberpo_domain"]
+    assert done.stdout.split() == ["fiberpo", "fiberpo_domain", "fiberstop"]
     assert done.stderr.strip() == "[]"
 
 

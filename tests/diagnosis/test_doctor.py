@@ -49,6 +49,24 @@ def test_a_healthy_run_has_no_findings():
     assert examine_config({**SETTINGS, "prompts": 64}, objective=TIDY) == []
 
 
+def test_stops_are_examined():
+    """Budgets near the p90 of the drifts: nothing. Far from them: said, stratum by stratum."""
+    found = suggest(recorded(run()), activity=0.1, stops=True)
+    healthy = recipes.fiberstop(**found.parameters)
+    assert examine(recorded(run(), healthy)) == []
+    assert examine_config({**SETTINGS, "prompts": 64}, objective=healthy) == []
+    wide = recipes.fiberstop(dict.fromkeys(found.budgets, (50.0, 50.0)), 50.0)
+    places = {f.numbers["stratum"]: f.code for f in examine(recorded(run(), wide))}
+    assert places == dict.fromkeys([*found.budgets, "token"], "budget-too-wide")
+    narrow = recipes.fiberstop({"group": (1e-4, 1e-4)}, float("inf"))
+    (finding,) = examine(recorded(run(), narrow))
+    assert (finding.code, finding.numbers["stratum"]) == ("budget-too-narrow", "group")
+    local = examine_config({**SETTINGS, "split_mode": "local"}, objective=healthy)
+    assert codes(local) == {"local-aggregates"}
+    alone = [RecordedStep(1, batch(groups=2)), RecordedStep(2, batch(seed=1, groups=2))]
+    assert "idle-stratum" not in codes(examine(recorded(alone, healthy)))
+
+
 def test_every_finding_says_what_to_change():
     """Numbers in words, and in a dictionary that JSON takes."""
     found = examine(recorded(steps(3, fresh_every=1)))

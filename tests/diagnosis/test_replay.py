@@ -1,15 +1,18 @@
 """Replay against loops over tokens, and against the objective's own metrics."""
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from diagnosis.cases import DOMAINS, Memory, batch, rows_of, steps, with_text
 from fiberpo import FiberPOError, RatioBatch, StrataError, recipes
 from fiberpo.diagnosis import replay
 from fiberpo.diagnosis.changes import Largest
+from fiberpo.diagnosis.tables import print_replay
 from fiberpo.diagnosis.tally import Tokens, context_domains, domains_of
 from fiberpo.recording import RecordedStep
 
@@ -38,6 +41,37 @@ def masses(objective, tokens):
                 sums[2] += abs(gated)
         found.append(sums)
     return np.array(found)
+
+
+def test_stops_are_replayed():
+    """Contexts out of budget count as zeroed, tokens by epsilon; what is dropped is said."""
+    items = steps(3)
+    stop = recipes.fiberstop({"group": (0.12, 0.12), "trajectory": (0.14, 0.14)}, 0.3)
+    result = replay(Memory(items), {"stop": stop, "grpo": recipes.grpo()})
+    found = result.as_dict()["objectives"]
+    rows = {r["stratum"]: r for r in found[0]["regimes"] if r["domain"] is None}
+    assert list(rows) == ["group", "trajectory", "token"]
+    outs = [stop(item.batch) for item in items]
+    for name, row in rows.items():
+        outside = []
+        for out in outs:
+            (found_by,) = out.stopped
+            strata = found_by.layout.contexts.strata
+            if name == "token":
+                outside += found_by.far.tolist()
+            else:
+                here = strata.level(strata.names.index(name))
+                outside += found_by.beyond[:, here].any(0).tolist()
+        assert 0 < row["zeroed"] < 1
+        assert (row["contexts"], row["rollback"]) == (len(outside), 0)
+        assert row["zeroed"] == pytest.approx(np.mean(outside))
+    lost = sum(int((out.coefficients == 0).sum()) for out in outs)
+    assert found[0]["left_out"] == pytest.approx(lost / result.tokens)
+    assert found[1]["left_out"] == 0
+    assert found[0]["trajectories"][0]["regimes"].keys() == {"group", "trajectory"}
+    out = io.StringIO()
+    print_replay(result, Console(file=out, width=120))
+    assert f"stop drops {100 * lost / result.tokens:.1f} % of the tokens" in out.getvalue()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,6 +1,7 @@
 """Suggested budgets do what they say when they are replayed."""
 
 import ast
+import io
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from rich.console import Console
 
 from diagnosis.cases import DOMAINS, Memory, batch, steps
 from fiberpo import DataError, FiberPOError, RatioBatch, recipes
@@ -17,6 +19,7 @@ from fiberpo.cli.options import objective_kwargs
 from fiberpo.diagnosis import replay, suggest
 from fiberpo.diagnosis.quantiles import SLACK, Sample, budget_at, clip_at, gated_share
 from fiberpo.diagnosis.suggesting import Suggestion
+from fiberpo.diagnosis.tables import print_suggestion
 from fiberpo.recording import RecordedStep, open_recording
 from fiberpo.train.config import make_config
 
@@ -56,6 +59,49 @@ def test_a_suggestion_gates_what_it_says(seed, activity, size):
         # a context, and the slack in rank of both channels
         assert abs(share - activity) <= 1.001 / count + 2 * SLACK * activity
         assert row.budget[1] <= row.budget[0]
+
+
+@given(seed=st.integers(0, 50), activity=st.sampled_from([0.05, 0.25, 0.5]))
+@settings(max_examples=8)
+def test_a_suggestion_for_stops_puts_that_share_out_of_budget(seed, activity):
+    """The drifts themselves, not what a context adds to its parent; only children have one."""
+    items = steps(3, start=seed, groups=4, answers=3, length=10)
+    found = suggest(Memory(items), activity=activity, stops=True)
+    assert (found.recipe, tuple(found.budgets)) == ("fiberstop", STRATA)
+    objective = made(found)
+    for row in found.rows:
+        if row.domain is not None:
+            continue
+        outside = total = 0
+        for item in items:
+            stop = objective(item.batch).stopped[0]
+            beyond, at = stop.far[None], slice(None)
+            if row.stratum != "token":
+                strata = stop.layout.contexts.strata
+                beyond, at = stop.beyond, strata.level(strata.names.index(row.stratum))
+            outside += int(beyond[:, at].any(0).sum())
+            total += len(beyond[0, at])
+        assert (total, row.acting) == (row.contexts, row.contexts)
+        assert outside / total == pytest.approx(row.activity)
+        assert abs(outside / total - activity) <= 1.001 / total + 2 * SLACK * activity
+
+
+def test_stops_are_suggested_where_stops_were_recorded():
+    """Over the strata of the recorded stop; as options, YAML and Python."""
+    recorded = recipes.fiberstop({"group": (0.1, 0.1), "trajectory": (0.1, 0.1)})
+    found = suggest(Memory(steps(3), objective=recorded), activity=0.2)
+    assert (found.recipe, set(found.budgets)) == ("fiberstop", {"group", "trajectory"})
+    words = found.flags().split()
+    budgets = [words[i + 1] for i, word in enumerate(words) if word == "--budget"]
+    epsilon = float(words[words.index("--epsilon") + 1])
+    parsed = objective_kwargs("fiberstop", budgets, epsilon, None, {})
+    trained = make_config(None, yaml.safe_load(found.yaml())).build_objective()
+    for objective in (recipes.fiberstop(**parsed), trained):
+        assert objective.factors == made(found).factors
+    gates = suggest(Memory(steps(3), objective=recorded), activity=0.2, stops=False)
+    assert (gates.recipe, set(gates.budgets)) == ("fiberpo_domain", {"group", "trajectory"})
+    assert found.as_dict()["drift"] == "own"
+    print_suggestion(found, Console(file=io.StringIO()))
 
 
 def test_the_printed_forms_are_the_same_objective():

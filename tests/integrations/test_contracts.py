@@ -315,6 +315,9 @@ def test_gates_above_the_trajectory_are_refused(host, monkeypatch):
     quoted = rf"{host} hands its loss one micro-batch .*\['domain', 'group'\].*fiberpo.exact"
     with pytest.raises(fiberpo.ObjectiveError, match=quoted):
         MAKERS[host](COUPLED)
+    if host != "prime-rl":
+        with pytest.raises(fiberpo.ObjectiveError, match=quoted):
+            MAKERS[host](recipes.fiberstop())
 
 
 @pytest.mark.parametrize("host", [h for h in MAKERS if h != "prime-rl"])

@@ -1,5 +1,6 @@
 """What a `Recorder` writes comes back, whole, joined over ranks, and continued after a resume."""
 
+import dataclasses
 import json
 import math
 import zipfile
@@ -15,6 +16,7 @@ from fiberpo import RatioBatch, RecordingError, recipes
 from fiberpo.masks import LengthNeutral, MaxDivergence, MeanDivergence
 from fiberpo.recording import Recorder, open_recording
 from fiberpo.recording.manifest import Manifest, describe
+from fiberpo.stops import BudgetStop
 from fiberpo.train.embedded import build_tokenizer
 from recording.samples import SPECIFICATIONS, build, make, same, value_of
 
@@ -92,6 +94,19 @@ def test_parts_that_a_recipe_takes():
     )  # fmt: skip
     text = json.dumps(describe(objective), allow_nan=False)
     assert Manifest(**json.loads(text)).build_objective() == objective
+
+
+def test_stops_come_back():
+    """Budgets per context, a pair of epsilons with one side open; a stop beside another recipe."""
+    budgets = {"domain": {"math": (math.inf, 0.05), "*": (0.1, 0.05)}, "trajectory": (0.1, 0.05)}
+    own = recipes.fiberstop(budgets, (0.2, math.inf), measure="token", weights="token_mean")
+    beside = dataclasses.replace(recipes.grpo(), factors=(BudgetStop(budgets, (0.3, 0.2)),))
+    for objective in (own, recipes.fiberstop(), beside):
+        text = json.dumps(describe(objective), allow_nan=False)
+        found = Manifest(**json.loads(text)).build_objective()
+        assert found.factors == objective.factors
+        assert (found.name, found.gate_map) == (objective.name, objective.gate_map)
+        assert found.weights == objective.weights
 
 
 def test_an_objective_of_its_own_is_named_and_not_rebuilt(tmp_path):

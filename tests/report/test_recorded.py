@@ -99,6 +99,34 @@ def test_metrics_of_a_recording_are_those_of_the_objective(tmp_path: Path) -> No
     assert {row["stratum"] for row in found.strata} == {*GATED, "token"}
 
 
+def test_stops_have_a_table_and_charts(tmp_path: Path) -> None:
+    """Budgets beside the drifts of the contexts, and tokens by the scale that stops them."""
+    budgets = {"domain": (0.05, 0.05), "group": (0.06, 0.05), "trajectory": (0.1, 0.1)}
+    objective = recipes.fiberstop(budgets, 0.15)
+    record(tmp_path / "recording", objective)
+    out = read_recorded(open_recording(tmp_path / "recording"))
+    assert [row["stratum"] for row in out.strata] == [*budgets, "token"]
+    for row, budget in zip(out.strata, [*budgets.values(), (0.15, 0.15)], strict=True):
+        assert row["budget"] == list(budget)
+        assert row["pass"] + row["zeroed"] == pytest.approx(1)
+        assert row["drift_pos"]["max"] > 0
+    assert sum(row["zeroed"] for row in out.strata) > 0
+    for row in out.gated:
+        batch, _ = batch_of(row["step"])
+        here = batch.row == row["row"]
+        lost = objective(batch).coefficients[here] == 0
+        expected = torch.where(lost, -batch.log_ratio[here].double(), 0.0)
+        change = torch.tensor(row["change"]).double()
+        torch.testing.assert_close(change, expected, atol=2e-5, rtol=0)
+    record(tmp_path / "b" / "recording")
+    html = write_report(tmp_path, tmp_path / "one.html").read_text()
+    checked(html)
+    assert "Tokens stopped, by scale" in html
+    assert "tokens left out" in html
+    both = write_report([tmp_path, tmp_path / "b"], tmp_path / "both.html").read_text()
+    assert "Tokens left out" in both
+
+
 def test_another_form_is_shown_and_said(tmp_path: Path) -> None:
     path = record(tmp_path / "recording", recipes.grpo(0.1), steps=2, scale=0.2)
     found = read_recorded(open_recording(path))

@@ -9,8 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 OBJECTIVES = (
-    "ppo", "grpo", "dr_grpo", "dapo", "gspo", "apc", "fiberpo", "fiberpo_domain", "cispo", "sapo",
-    "gmpo", "dppo", "cppo", "spo", "topr", "truly_ppo",
+    "ppo", "grpo", "dr_grpo", "dapo", "gspo", "apc", "fiberpo", "fiberpo_domain", "fiberstop",
+    "cispo", "sapo", "gmpo", "dppo", "cppo", "spo", "topr", "truly_ppo",
 )  # fmt: skip
 """Names of `fiberpo.recipes.RECIPES`, which would load torch."""
 
@@ -22,7 +22,7 @@ def complete_objective(incomplete: str) -> list[str]:
     """Objectives that begin so.
 
     >>> complete_objective("fiber")
-    ['fiberpo', 'fiberpo_domain']
+    ['fiberpo', 'fiberpo_domain', 'fiberstop']
     """
     return [name for name in OBJECTIVES if name.startswith(incomplete)]
 

@@ -93,6 +93,10 @@ def suggest(
         str | None, typer.Option(help="Which get a budget, as domain,group,trajectory.")
     ] = None,
     per_domain: Annotated[bool, typer.Option(help="One budget for each domain.")] = False,
+    stops: Annotated[
+        bool | None,
+        typer.Option(help="For fiberstop, or for gates; by default as the run was."),
+    ] = None,
     column: Column = None,
     json_: Json = None,
 ) -> None:
@@ -106,7 +110,7 @@ def suggest(
     with progress_bar(recording.tokens, "measuring drifts") as progress:
         result = work(
             recording, activity=activity, token_activity=token_activity, strata=names,
-            per_domain=per_domain, progress=progress,
+            per_domain=per_domain, stops=stops, progress=progress,
         )  # fmt: skip
     if json_ != TERMINAL:
         print_suggestion(result)

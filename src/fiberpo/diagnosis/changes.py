@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..gates import Regime
-from .tally import Array, Gradient, Tokens
+from .tally import Array, Gradient, Tokens, context_regimes
 
 MOST = 10
 """How many of each are kept."""
@@ -141,15 +141,15 @@ def _trajectory(
 
 def _path(gradient: Gradient, token: int) -> dict[str, list[str]]:
     """Regimes of the contexts above a token, ``[positive, negative]`` or one channel."""
-    gated = gradient.surrogate.gated
-    if gated.strata is None or gated.gated is None:
-        return {}
-    found, context = {}, int(gated.strata.leaf[token])
-    while context >= 0:
-        name = gated.strata.names[int(gated.strata.stratum[context])]
-        found[name] = [Regime(int(r)).name.lower() for r in gated.gated.regime[:, context]]
-        context = int(gated.strata.parent[context])
-    return dict(reversed(found.items()))
+    found: dict[str, list[str]] = {}
+    for strata, regime in context_regimes(gradient.surrogate):
+        path, context = {}, int(strata.leaf[token])
+        while context >= 0:
+            name = strata.names[int(strata.stratum[context])]
+            path[name] = [Regime(int(r)).name.lower() for r in regime[:, context]]
+            context = int(strata.parent[context])
+        found = {**dict(reversed(path.items())), **found}
+    return found
 
 
 def _tokens(

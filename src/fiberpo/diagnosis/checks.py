@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import NoneType
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from ..gates import AggregateGate
 from ..objective import Objective
 from .evidence import Drift, Evidence
 from .findings import Finding, ranked
-from .limits import limits_of
+from .limits import limits
 from .settings import HostSettings, inert, token_clip
 
 FAR = 20.0
@@ -131,7 +132,7 @@ def _group_ids(evidence: Evidence, host: HostSettings) -> Iterator[Finding]:
 
 
 def _strata(evidence: Evidence) -> list[str]:
-    return [] if evidence.objective is None else list(evidence.objective.gate_map.gates)
+    return [] if evidence.objective is None else list(evidence.objective.strata)
 
 
 def _precision(evidence: Evidence) -> Iterator[Finding]:
@@ -175,12 +176,13 @@ def _mismatch(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _finest(objective: Objective) -> tuple[str, tuple[float, float]] | None:
-    """The finest stratum with an aggregate gate, and its tightest budget."""
-    gates = list(objective.gate_map.gates.items())
-    if not gates or not isinstance(gates[-1][1], AggregateGate):
+    """The finest stratum, and its tightest budget; None where it has a gate of another kind."""
+    name = objective.strata[-1] if objective.strata else None
+    if name is None or not isinstance(
+        objective.gate_map.gates.get(name), (AggregateGate, NoneType)
+    ):
         return None
-    name, gate = gates[-1]
-    pairs = [(pair[0], pair[1]) for _, pair in limits_of(gate) if pair is not None]
+    pairs = [(pair[0], pair[1]) for _, pair in limits(objective)[name] if pair is not None]
     known = [pair for pair in pairs if math.isfinite(max(pair))]
     return (name, min(known)) if known else None
 

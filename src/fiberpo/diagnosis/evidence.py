@@ -13,7 +13,7 @@ from ..batch import RatioBatch
 from ..gates import Zero
 from ..objective import Objective, Surrogate
 from ..statistics import Statistics
-from .limits import ALL, limits_of
+from .limits import ALL, limits
 from .tally import FRESH
 
 COLUMNS = ("log_probs", "old_log_probs", "rollout_log_probs")
@@ -199,12 +199,11 @@ class Evidence:
         """Each stratum's drifts beside the limits of its gate, over steps that are not fresh."""
         if self.statistics is None or self.objective is None:
             return []
-        gates = {**self.objective.gate_map.gates, "token": self.objective.gate_map.token}
-        found = []
-        for stratum, gate in gates.items():
-            if isinstance(gate, Zero):
+        gates, found = {**self.objective.gate_map.gates, "token": self.objective.gate_map.token}, []
+        for stratum, known in limits(self.objective).items():
+            if isinstance(gates.get(stratum), Zero) and not self.objective.stops:
                 continue
-            for context, limit in limits_of(gate):
+            for context, limit in known:
                 row = self._drift(stratum, context, limit)
                 found += [] if row is None else [row]
         return found

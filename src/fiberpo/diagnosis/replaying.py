@@ -97,6 +97,7 @@ class Replay:
                     "name": outcome.name,
                     "objective": str(outcome.objective),
                     "gradient": gradient_shares(outcome.total.mass),
+                    "left_out": left_out(outcome.total),
                     "gradient_by_domain": {
                         d: gradient_shares(m) for d, m in outcome.total.mass_by_domain.items()
                     },
@@ -141,6 +142,12 @@ def gradient_shares(mass: Array) -> dict[str, float | None]:
         "kept": shares["kept"], "removed": 1 - shares["kept"],
         "reversed": shares["reversed"], "amplified": shares["amplified"],
     }  # fmt: skip
+
+
+def left_out(tally: Tally) -> float:
+    """Share of the tokens that have an advantage and are dropped by a mask or a stop."""
+    lost, tokens = tally.left_out.tolist()
+    return lost / tokens if tokens else 0.0
 
 
 def regime_rows(tally: Tally) -> list[dict[str, Any]]:

@@ -215,7 +215,7 @@ def objective_of(host: HostSettings) -> Objective | None:
     if host.host == "verl":
         mode = str(raw.get("actor.policy_loss.loss_mode"))
         recipe = mode if mode in RECIPES else mode.removeprefix("fiberpo_")
-        if not mode.startswith("fiberpo") or recipe not in RECIPES:
+        if not mode.startswith("fiber") or recipe not in RECIPES:
             return None
         inside = {
             name: raw[f"actor.policy_loss.{name}"]
@@ -293,7 +293,7 @@ def _groups(host: HostSettings, objective: Objective | None) -> list[Finding]:
 
 
 def _gates(objective: Objective | None, stratum: str) -> bool:
-    return objective is not None and stratum in objective.gate_map.gates
+    return objective is not None and stratum in objective.strata
 
 
 def _division(host: HostSettings, objective: Objective | None) -> list[Finding]:
@@ -334,7 +334,7 @@ def _bf16(host: HostSettings) -> list[Finding]:
 
 def _local(host: HostSettings, objective: Objective | None) -> list[Finding]:
     mode = host.raw.get("split_mode", "exact")
-    above = [] if objective is None else [n for n in objective.gate_map.gates if n != "trajectory"]
+    above = [] if objective is None else [n for n in objective.strata if n != "trajectory"]
     if mode == "exact" or not above:
         return []
     return [

@@ -1,8 +1,9 @@
 """Suggested budgets: quantiles of the drifts that a recorded run showed.
 
-The residual drift of a context does not depend on any budget (it is taken from ungated aggregates),
-so the share of contexts beyond a number can be read off a recording, and an objective with these
-budgets gates that share of the same recording.
+The drift of a context does not depend on any budget (it is taken from ungated aggregates), so the
+share of contexts beyond a number can be read off a recording, and an objective with these budgets
+gates that share of the same recording. The budgets of gates bound the *residual* drift of a
+context, those of stops (`recipes.fiberstop`) its own drift.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Suggestion:
         steps, excluded: steps used, and steps left out since every log ratio is 0 in them.
         notes: what limits the suggestion.
         pessimistic: as in the recorded objective.
+        stops: whether the budgets are for `recipes.fiberstop`.
     """
 
     activity: float
@@ -78,10 +80,13 @@ class Suggestion:
     excluded: int
     notes: tuple[str, ...]
     pessimistic: bool = False
+    stops: bool = False
 
     @property
     def recipe(self) -> str:
         """Name of the recipe that the budgets are for."""
+        if self.stops:
+            return "fiberstop"
         return "fiberpo" if set(self.budgets) == {"trajectory"} else "fiberpo_domain"
 
     @property
@@ -126,6 +131,7 @@ class Suggestion:
             "objective_kwargs": _lists(self.parameters),
             "steps": self.steps,
             "excluded_steps": self.excluded,
+            "drift": "own" if self.stops else "residual",
             "drifts": [_lists(vars(row)) for row in self.rows],
             "notes": list(self.notes),
         }
@@ -147,11 +153,12 @@ def suggest(
     activity: float = 0.1,
     token_activity: float | None = None,
     strata: Sequence[str] | None = None,
+    stops: bool | None = None,
     per_domain: bool = False,
     progress: Callable[[int], None] | None = None,
     workers: int = WORKERS,
 ) -> Suggestion:
-    """Budgets per stratum at which a share of the contexts is gated.
+    """Budgets per stratum at which a share of the contexts is gated, or out of its budget.
 
     Args:
         recording: `fiberpo.recording.open_recording` of a path.
@@ -159,6 +166,8 @@ def suggest(
         token_activity: share of the tokens beyond epsilon; ``activity`` by default.
         strata: those that are to have a budget, ``trajectory`` among them; by default those of the
             recorded objective, and where it has none, all that the recording has labels for.
+        stops: True for budgets of `recipes.fiberstop`, False for those of gates; by default those
+            of stops where the recorded objective is one of stops.
         per_domain: one pair for each domain at the stratum ``domain``.
         progress: called with the number of tokens done so far.
         workers: threads.
@@ -171,7 +180,7 @@ def suggest(
     token_activity = activity if token_activity is None else token_activity
     for name, value in (("activity", activity), ("token_activity", token_activity)):
         check_positive(name, value, below=1.0)
-    work = _Work(strata, recording.objective())
+    work = _Work(strata, recording.objective(), stops)
     for done in in_order(recording.iterate(), work.measure, workers):
         work.collect(*done)
         if progress is not None:
@@ -190,13 +199,17 @@ def suggest(
 class _Work:
     """Drifts so far."""
 
-    def __init__(self, strata: Sequence[str] | None, objective: Objective | None) -> None:
+    def __init__(
+        self, strata: Sequence[str] | None, objective: Objective | None, stops: bool | None
+    ) -> None:
         self.objective = objective
+        own = objective is not None and bool(objective.stops)
+        self.stops = own if stops is None else stops
         self.names: tuple[str, ...] | None = None if strata is None else tuple(strata)
         if strata is None and objective is not None:
-            gates = objective.gate_map.gates
-            if gates and all(isinstance(g, AggregateGate) for g in gates.values()):
-                self.names = tuple(gates)
+            gates = objective.gate_map.gates.values()
+            if objective.strata and all(isinstance(gate, AggregateGate) for gate in gates):
+                self.names = objective.strata
         self.samples: dict[str, Sample] = {}
         self.domains: dict[str, int] = {}
         self.fresh: set[int] = set()
@@ -204,7 +217,7 @@ class _Work:
         self.tokens = 0
 
     def measure(self, item: Any) -> tuple[int, int, GatedRatio | None, RatioBatch]:
-        """In a worker: residual drifts of one step with open gates."""
+        """In a worker: drifts of one step with open gates."""
         batch: RatioBatch = item.batch
         size = len(batch)
         if float(batch.log_ratio.detach().abs().max()) <= FRESH:
@@ -227,12 +240,14 @@ class _Work:
         table = np.array([self.domains.setdefault(n, len(self.domains)) for n in names] + [-1])
         where = table[context_domains(batch, strata, codes)]
         count = contexts.count[None]
-        acting = (count != strata.of_parent(count))[0].cpu().numpy()
-        residual = gated.residual.cpu().numpy()
+        acting = (count != strata.of_parent(count))[0].cpu().numpy() | self.stops
+        bounded = gated.mean if self.stops else gated.residual
+        assert bounded is not None
+        drift = bounded.cpu().numpy()
         for k, name in enumerate(strata.names):
             here = strata.level(k)
-            self._sample(name).add(residual[:, here], where[here], int(acting[here].sum()))
-        token = gated.token_drift.detach().cpu().numpy()
+            self._sample(name).add(drift[:, here], where[here], int(acting[here].sum()))
+        token = (gated.first.value if self.stops else gated.token_drift).detach().cpu().numpy()
         rows = table[codes].repeat(batch.lengths.cpu().numpy())
         self._sample("token").add(token, rows, token.shape[1])
 
@@ -270,7 +285,8 @@ class _Work:
         return Suggestion(
             activity, token_activity, tuple(rows), budgets,
             None if token.budget is None else token.budget[0],
-            len(self.steps), len(self.fresh - self.steps), tuple(notes), pessimistic,
+            len(self.steps), len(self.fresh - self.steps), tuple(notes),
+            pessimistic and not self.stops, self.stops,
         )  # fmt: skip
 
     def _by_domain(self, name: str, sample: Sample, activity: float) -> list[DriftRow]:

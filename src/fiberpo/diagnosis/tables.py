@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .findings import Finding
-from .replaying import CAVEAT, Outcome, Replay, gradient_shares, regime_rows
+from .replaying import CAVEAT, Outcome, Replay, gradient_shares, left_out, regime_rows
 from .suggesting import LEVELS, DriftRow, Suggestion
 
 DASH = "\N{EN DASH}"
@@ -66,6 +66,12 @@ def _replay_parts(result: Replay) -> Iterator[RenderableType]:
             f"In {len(result.fresh)} of the steps every log ratio is 0 (the first update after a "
             "rollout): no gate acts there."
         )
+    for outcome in result.outcomes:
+        if share := left_out(outcome.total):
+            yield Text(
+                f"{outcome.name} drops {_percent(share)} of the tokens (a mask, a stop); the "
+                "gradient mass below is that of the others."
+            )
     for stratum, steps in result.idle.items():
         yield Text(
             f"{stratum}: every context is the only child of its parent in {steps} of "
@@ -176,11 +182,13 @@ def _clip(text: str) -> str:
 def print_suggestion(result: Suggestion, console: Console | None = None) -> None:
     """Print drifts and budgets, what limits them, and how to use them."""
     target = Console() if console is None else console
-    target.print(_drift_table(result.rows))
+    target.print(_drift_table(result.rows, "Drift" if result.stops else "Residual drift"))
     for note in result.notes:
         target.print(Text(f"note: {note}", style="yellow"))
-    target.print(Text(f"\nGates {result.activity:.3g} of the contexts of each stratum and "
-                      f"{result.token_activity:.3g} of the tokens of these steps.\n"))  # fmt: skip
+    verb = "Puts" if result.stops else "Gates"
+    end = "out of their budgets in these steps" if result.stops else "of these steps"
+    target.print(Text(f"\n{verb} {result.activity:.3g} of the contexts of each stratum and "
+                      f"{result.token_activity:.3g} of the tokens {end}.\n"))  # fmt: skip
     for title, text in (
         ("config.yaml of fiberpo train", result.yaml()),
         ("the same as options", f"fiberpo train {result.flags()}\n"),
@@ -190,9 +198,9 @@ def print_suggestion(result: Suggestion, console: Console | None = None) -> None
         target.print(Text(text), soft_wrap=True)
 
 
-def _drift_table(rows: Sequence[DriftRow]) -> Table:
+def _drift_table(rows: Sequence[DriftRow], what: str) -> Table:
     table = _table(
-        "Residual drift, nats per token, and the budget that follows", "stratum", "domain",
+        f"{what}, nats per token, and the budget that follows", "stratum", "domain",
         "contexts", "", *LEVELS, "budget", "gated", left=2,
     )  # fmt: skip
     for row in rows:

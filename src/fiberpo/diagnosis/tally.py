@@ -14,12 +14,13 @@ over the tokens with ``p != 0``, as ``gate/gradient_kept`` and its like (`fiberp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..batch import RatioBatch
 from ..gates import Regime, Zero
@@ -126,12 +127,14 @@ class Tally:
         regimes: stratum -> ``[3]`` counts of contexts (tokens at ``"token"``) by their worst
             channel, `REGIMES`.
         mass_by_domain, regimes_by_domain: the same for each domain.
+        left_out: ``[2]`` tokens with an advantage that a mask or a stop drops, and all tokens.
     """
 
     mass: Array
     regimes: dict[str, Array]
     mass_by_domain: dict[str, Array]
     regimes_by_domain: dict[tuple[str, str], Array]
+    left_out: Array = field(default_factory=lambda: np.zeros(2))
 
     @classmethod
     def empty(cls) -> Tally:
@@ -141,6 +144,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         """Take in the sums of other batches."""
         self.mass += other.mass
+        self.left_out += other.left_out
         for mine, theirs in (
             (self.regimes, other.regimes),
             (self.mass_by_domain, other.mass_by_domain),
@@ -198,18 +202,23 @@ class Gradient:
         found = Tally.empty()
         found.mass = self.rows.sum(0)
         found.mass_by_domain = dict(zip(tokens.domains, tokens.per_domain(self.rows), strict=True))
-        gated, strata = self.surrogate.gated, self.surrogate.gated.strata
-        if strata is not None and gated.gated is not None:
-            worst = gated.gated.regime.max(0).values.cpu().numpy()
+        lost = (self.surrogate.weight == 0) & (tokens.batch.advantages != 0)
+        found.left_out = np.array([float(lost.sum()), len(lost)])
+        for strata, regime in context_regimes(self.surrogate):
+            worst = regime.max(0).values.cpu().numpy()
             where = context_domains(tokens.batch, strata, tokens.domain)
             for k, name in enumerate(strata.names):
-                _count(found, name, worst[strata.level(k)], where[strata.level(k)], tokens.domains)
+                if name not in found.regimes:
+                    here = strata.level(k)
+                    _count(found, name, worst[here], where[here], tokens.domains)
+        gated, stops = self.surrogate.gated, self.surrogate.stopped
         if not isinstance(gated.gate_map.token, Zero):
-            self._count_tokens(found, tokens)
+            self._count_tokens(found, tokens, gated.token.regime)
+        elif stops:
+            self._count_tokens(found, tokens, Regime.ZERO * stops[0].far[None])
         return found
 
-    def _count_tokens(self, found: Tally, tokens: Tokens) -> None:
-        regime = self.surrogate.gated.token.regime
+    def _count_tokens(self, found: Tally, tokens: Tokens, regime: Tensor) -> None:
         worst = (regime[0] if len(regime) == 1 else torch.maximum(*regime)).cpu().numpy()
         counts = [tokens.per_row((worst == r).astype(np.int32)) for r in REGIMES[1:]]
         lengths = tokens.batch.lengths.cpu().numpy()
@@ -217,6 +226,19 @@ class Gradient:
         found.regimes["token"] = rows.sum(0)
         for name, values in zip(tokens.domains, tokens.per_domain(rows), strict=True):
             found.regimes_by_domain["token", name] = values
+
+
+def context_regimes(surrogate: Surrogate) -> Iterator[tuple[Strata, Tensor]]:
+    """Contexts and their regimes ``[channels, C]``: of the gates, then of each stop.
+
+    A context that is out of the budget of a stop counts as zeroed.
+    """
+    gated = surrogate.gated
+    if gated.strata is not None and gated.gated is not None:
+        yield gated.strata, gated.gated.regime
+    for stop in surrogate.stopped:
+        if stop.layout.contexts is not None and stop.beyond is not None:
+            yield stop.layout.contexts.strata, Regime.ZERO * stop.beyond
 
 
 def _count(

@@ -92,7 +92,7 @@ def slime(
     ) -> tuple[Tensor, dict[str, Tensor]]:
         _refuse(args, ("use_kl_loss", "entropy_coef", "use_tis", "use_opsm"))
         log_probs = log_probs_of(args, batch, logits)
-        _check_slime(args, batch, log_probs, per_token, "trajectory" in objective.gate_map.gates)
+        _check_slime(args, batch, log_probs, per_token, "trajectory" in objective.strata)
         old = batch.get("rollout_log_probs" if args.use_rollout_logprobs else "log_probs")
         current, mask = torch.cat(list(log_probs)), torch.cat(list(batch["loss_masks"])).bool()
         anchor = torch.cat(list(old)) if old else current.detach()
@@ -205,10 +205,10 @@ def nemo_rl(objective: Objective) -> Callable[..., tuple[Tensor, dict[str, float
 
 def _check(objective: Objective, host: str, kinds: Sequence[str]) -> None:
     """Refuse what one micro-batch without ids cannot show, and what the host divides otherwise."""
-    above = [name for name in objective.gate_map.gates if name != "trajectory"]
+    above = [name for name in objective.strata if name != "trajectory"]
     if above:
         raise ObjectiveError(
-            f"{host} hands its loss one micro-batch without ids, but {objective.name} has gates on "
+            f"{host} hands its loss one micro-batch without ids, but {objective.name} looks at "
             f"{above}, whose drift is only known over the whole optimizer step. Run that step "
             "through fiberpo.exact (docs/hosts.md says where), or use an objective with token and "
             "trajectory gates (recipes.fiberpo)."

@@ -33,7 +33,7 @@ from ..objective import Objective
 from ..weights import ALIASES, Denominators, Weights
 
 LOSS_MODES: Mapping[str, str] = {
-    name if name.startswith("fiberpo") else f"fiberpo_{name}": name for name in recipes.RECIPES
+    name if name.startswith("fiber") else f"fiberpo_{name}": name for name in recipes.RECIPES
 }
 """``policy_loss.loss_mode`` -> recipe."""
 
@@ -153,7 +153,7 @@ def check_actor(config: Any, objective: Objective) -> None:
 def needs_worker(objective: Objective, settings: Any) -> list[str]:
     """What the objective looks at that a single micro-batch, without ids, does not show."""
     gate_map = objective.gate_map
-    seen = [*gate_map.gates, objective.weights.stratum]
+    seen = [*objective.strata, objective.weights.stratum]
     found = [name for name in seen if name not in (None, "trajectory")]
     joined = ("trajectory", getattr(gate_map.token, "states", None))  # by ids, where there are any
     found += [name for name in settings.get("labels", {}) if name in joined]
@@ -228,8 +228,12 @@ def _part_loss(
     names = ["gate/active", "gate/gradient_kept", "gate/gradient_reversed", "kl/k3", "ratio/mean"]
     names += [
         f"gate/{stratum}/{regime}_frac"
-        for stratum in (*objective.gate_map.gates, "token")
+        for stratum in (*objective.strata, "token")
         for regime in ("pass", "rollback", "zeroed")
+    ]
+    names += [
+        "gate/left_out",
+        *dict.fromkeys(f"stop/{n}" for stop in objective.stops for n in (*stop.strata, "token")),
     ]
     # verl wants the same keys from every micro-batch and averages them
     kept = {name: metrics.get(name, 0.0) for name in names}

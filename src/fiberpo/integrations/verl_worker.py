@@ -230,10 +230,10 @@ class FiberPOTrainingWorker(TrainingWorker):
         )  # fmt: skip
 
     def _tell_cut_groups(self, config: Any, window: Window) -> None:
-        gate_map = window.stepper.objective.gate_map
-        if "group" not in gate_map.gates or gate_map.measure == "token":
+        known = [found for s in window.surrogates if (found := _answers(s)) is not None]
+        if not known:
             return
-        answers = torch.cat([_answers(surrogate) for surrogate in window.surrogates])
+        answers = torch.cat(known)
         cut = int((answers < config.rollout_n - 0.5).sum())
         if cut:
             self._tell(
@@ -294,11 +294,18 @@ class _Step:
         return (self.window.loss(k, log_prob) * self.scale).float()
 
 
-def _answers(surrogate: Surrogate) -> Tensor:
-    """Trajectories of every group, over all ranks: the mass of its context."""
-    contexts = surrogate.gated.layout.contexts
-    assert contexts is not None
-    return contexts.mass[contexts.strata.level(contexts.strata.names.index("group"))]
+def _answers(surrogate: Surrogate) -> Tensor | None:
+    """Trajectories of every group, over all ranks: the mass of its context.
+
+    None where neither gates nor stops look at groups, or their measure counts tokens.
+    """
+    plan, objective = surrogate.plan, surrogate.objective
+    measures = [objective.gate_map.measure, *(stop.measure for stop in objective.stops)]
+    for layout, measure in zip([plan.layout, *plan.stops], measures, strict=True):
+        at = layout.contexts
+        if at is not None and measure == "trajectory" and "group" in at.strata.names:
+            return at.mass[at.strata.level(at.strata.names.index("group"))]
+    return None
 
 
 def _labels(micro_batch: Any, settings: Any, objective: Objective) -> Mapping[str, Any]:

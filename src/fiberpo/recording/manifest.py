@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import budgets, corrections, masks, recipes, token_masks, weights
+from .. import budgets, corrections, masks, recipes, stops, token_masks, weights
 from ..errors import FiberPOError, RecordingError
 from ..objective import Objective
 
@@ -41,7 +41,7 @@ UNITS: Mapping[str, str] = {
 
 _PARTS = {
     kind.__name__: kind
-    for module in (masks, corrections, token_masks, weights, budgets)
+    for module in (masks, corrections, stops, token_masks, weights, budgets)
     for kind in vars(module).values()
     if isinstance(kind, type) and dataclasses.is_dataclass(kind)
 }

@@ -92,7 +92,7 @@ def _gated(row: Row, recorded: Recorded, target: str, scale: float) -> Gated:
     ]
     gates = ", ".join(dict.fromkeys(acting)) or "token only"
     if row["masked"]:
-        gates = "left out by the mask"
+        gates = "left out by a mask" if not row["stopped"] else "stopped"
     return Gated(
         where=", ".join(str(v) if k == "domain" else f"{k} {v}" for k, v in row["labels"].items())
         or f"row {row['row']}",

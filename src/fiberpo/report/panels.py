@@ -232,11 +232,34 @@ def gradient(sources: Sequence[Source]) -> list[Panel]:
         _, amplified = sources[0].series.per_rollout("gate/gradient_amplified", "max")
         if (amplified > 0.005).any():
             keys.append(("gate/gradient_amplified", "amplified", "orange", "mean"))
-        return _present(metric(sources, "Gradient under the gates", keys, percent=True))
+        if _drops_tokens(sources[0]):
+            keys.append(("gate/left_out", "tokens left out", "purple", "mean"))
+        return _present(
+            metric(sources, "Gradient under the gates", keys, percent=True), _stops(sources[0])
+        )
+    left_out = [source for source in sources if _drops_tokens(source)]
+    dropped: list[tuple[str, str, str, Reduction]] = [("gate/left_out", "", "", "mean")]
     return _present(
         metric(sources, "Gradient kept", [("gate/gradient_kept", "", "", "mean")], percent=True),
         metric(sources, "Gate active, of tokens", [("gate/active", "", "", "mean")], percent=True),
+        metric(sources, "Tokens left out", dropped, percent=True) if left_out else None,
     )
+
+
+def _drops_tokens(source: Source) -> bool:
+    _, values = source.series.per_rollout("gate/left_out", "max")
+    return bool((values > 0).any())
+
+
+def _stops(source: Source) -> Panel | None:
+    """Tokens that each scale stops; a token may be stopped by several."""
+    scales = [key.removeprefix("stop/") for key in source.series.keys if key.startswith("stop/")]
+    colors = ("vermillion", "orange", "green", "purple")
+    shown: list[tuple[str, str, str, Reduction]] = [
+        (f"stop/{name}", name, "blue" if name == "token" else colors[i % len(colors)], "mean")
+        for i, name in enumerate(scales)
+    ]
+    return metric([source], "Tokens stopped, by scale", shown, percent=True) if shown else None
 
 
 def ratios(sources: Sequence[Source]) -> list[Panel]:

@@ -215,6 +215,10 @@ class _Reader:
         """Trajectories and points of one step."""
         batch = item.batch
         change = out.gated.log_factor() - out.gated.log_ratio
+        if out.stopped and out.objective.gate_map.detached:
+            # there is no gated ratio: shown are the tokens without a gradient
+            kept = torch.stack([stop.kept for stop in out.stopped]).amin(0)
+            change = torch.where(kept == 0, change, 0.0)
         # a negative gated ratio has no log: it counts as the largest change there is
         size = torch.nan_to_num(change.abs(), nan=20.0, posinf=20.0)
         ends = torch.cumsum(batch.lengths, 0)
@@ -292,6 +296,7 @@ class _Reader:
             "leaf": leaf[:MOST_TOKENS] if isinstance(leaf, list) else leaf,
             "kept": float(kept.sum()) / mass if mass else None,
             "masked": bool(mass == 0 and (advantages != 0).any()),
+            "stopped": any(bool((stop.kept[own] == 0).any()) for stop in out.stopped),
             "mean_change": _short(float(torch.nan_to_num(change[own].abs(), nan=20.0).mean())),
         }
 

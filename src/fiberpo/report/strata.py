@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..diagnosis.limits import limits_of
+from ..diagnosis.limits import limits
 from ..objective import Objective
 from ..statistics import Statistics
 
@@ -13,13 +13,15 @@ LEVELS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def strata_table(objective: Objective, statistics: Statistics | None) -> list[dict[str, Any]]:
-    """One row per stratum (and per named context): budget, drift quantiles, regimes of the run."""
+    """One row per stratum (and per named context): budget, drift quantiles, regimes of the run.
+
+    Of a stop, ``pass`` is within budget and ``zeroed`` is out of it.
+    """
     if statistics is None:
         return []
     rows = []
-    gates = {**objective.gate_map.gates, "token": objective.gate_map.token}
-    for stratum, gate in gates.items():
-        for context, budget in limits_of(gate):
+    for stratum, known in limits(objective).items():
+        for context, budget in known:
             suffix = "" if context == "all" else f"/domain={context}"
             if f"gate/{stratum}/pass_frac{suffix}" in statistics.means:
                 rows.append(_row(statistics, stratum, context, suffix, budget))

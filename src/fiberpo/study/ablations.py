@@ -109,16 +109,15 @@ def gated_residual(budgets: Budgets, epsilon: float, pessimistic: bool = False) 
 class _NetStop(BudgetStop):
     """FiberStop on the signed mean of ``log r`` in place of the two channels."""
 
-    def _aggregates(self, log_ratio: Tensor, at: ContextLayout) -> Tensor:
-        positive, negative = super()._aggregates(log_ratio, at)
+    def _drifts(self, log_ratio: Tensor, at: ContextLayout) -> Tensor:
+        positive, negative = super()._drifts(log_ratio, at)
         return torch.stack([positive - negative, negative - positive])
 
 
 class _EveryStop(BudgetStop):
     """FiberStop that stops the gradients that bring a token back, too."""
 
-    def _outward(self, advantages: Tensor, log_ratio: Tensor) -> Tensor:
-        return advantages != 0
+    outward_from = float("-inf")
 
 
 def _stop(name: str, stop: BudgetStop, ratio: bool, shown: dict[str, Any]) -> Objective:

@@ -147,7 +147,7 @@ def response(objective: Objective, log_ratio: ArrayLike, *, advantage: float = 1
 def _alone(objective: Objective, path: Tensor, advantage: float) -> tuple[Surrogate, Tensor]:
     """The objective on P trajectories, each in contexts of its own, and their ``mu``."""
     positions, tokens = path.shape
-    needed = dict.fromkeys([*objective.gate_map.gates, objective.weights.stratum])
+    needed = dict.fromkeys([*objective.strata, objective.weights.stratum])
     labels = {
         name: torch.zeros(path.numel(), dtype=torch.long)
         if name in TOKEN_LEVEL

@@ -140,6 +140,8 @@ class RunCallback(TrainerCallback):
         for key, label in (("reward", "reward"), ("gate/active", "gate active")):
             if logs.get(key) is not None:
                 self._shown[label] = f"{logs[key]:.2f}"
+        if logs.get("gate/left_out"):
+            self._shown["left out"] = f"{logs['gate/left_out']:.2f}"
         if state.global_step % self.evaluate_every == 0:
             self.last, self.last_step = self.evaluate(), state.global_step
             self._shown["held-out"] = f"{self.last.rewards['mean']:.2f}"

@@ -139,7 +139,7 @@ def _check_strata(config: TrainConfig) -> None:
     if config.objective == "dr_grpo":  # its length may still be open, and it has no strata
         return
     objective = config.build_objective()
-    wanted = [*objective.gate_map.gates, objective.weights.stratum or "trajectory"]
+    wanted = [*objective.strata, objective.weights.stratum or "trajectory"]
     unknown = [name for name in wanted if name not in ("domain", "group", "trajectory")]
     if unknown:
         raise ConfigError(
