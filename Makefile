@@ -105,7 +105,8 @@ browser:
 	else echo "no apt-get here: install a chromium by hand, or let those tests skip"; fi
 
 picture: install browser
-	HF_HUB_OFFLINE=1 $(BIN)/fiberpo train --name picture --rollouts 20 --record --overwrite
+	HF_HUB_OFFLINE=1 $(BIN)/fiberpo train --objective fiberpo_domain --name picture --rollouts 20 --record \
+		--overwrite
 	$(BIN)/python docs/screenshot.py runs/picture/report.html docs/images
 
 # each program refuses to print a time where its own check is red

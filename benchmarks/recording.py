@@ -152,8 +152,8 @@ def share(folder, rollouts):
         (class_, "train", timed(class_, "train", "training")),
     ]
     values = {
-        "output": str(folder), "name": "run", "rollouts": rollouts, "heldout_prompts": 4,
-        "heldout_every": rollouts + 1, "save_every": rollouts, "record": True,
+        "output": str(folder), "name": "run", "objective": "fiberpo_domain", "rollouts": rollouts,
+        "heldout_prompts": 4, "heldout_every": rollouts + 1, "save_every": rollouts, "record": True,
     }  # fmt: skip
     try:
         summary = train(make_config(None, values), progress=False, say=lambda line: None)

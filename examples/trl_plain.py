@@ -1,4 +1,4 @@
-"""A plain TRL script; `trl_script.py` is the same with FiberPO-Domain, five lines further."""
+"""A plain TRL script; `trl_script.py` is the same with FiberStop, four lines further."""
 
 import os
 
@@ -46,7 +46,7 @@ trainer = GRPOTrainer(
 trainer.remove_callback(PrinterCallback)  # the table below is shorter
 trainer.train()
 
-shown = ("grad_norm", "clip_ratio/region_mean", "gate/active", "gate/gradient_kept", "reward")
+shown = ("grad_norm", "clip_ratio/region_mean", "gate/left_out", "gate/gradient_kept", "reward")
 print("step", *(f"{name:>22}" for name in shown))
 for record in trainer.state.log_history:
     if "grad_norm" in record:

@@ -1,4 +1,4 @@
-"""An existing TRL script (`trl_plain.py`) turned to FiberPO-Domain: five lines are CHANGED."""
+"""An existing TRL script (`trl_plain.py`) turned to FiberStop: four lines are CHANGED."""
 
 import os
 
@@ -19,9 +19,8 @@ except ConfigError:  # no checkpoint in this installation: random weights will d
 
 rows = [row for task in ("sum", "sort", "reverse") for row in make_rows(task, seed=0, count=64)]
 
-args = FiberPOConfig(  # CHANGED: GRPOConfig; the objective is FiberPO-Domain by default
+args = FiberPOConfig(  # CHANGED: GRPOConfig; the objective is FiberStop by default
     output_dir="runs/trl_script",
-    objective_kwargs={"pessimistic": True},  # CHANGED: new; parameters of the objective
     steps_per_generation=4,  # CHANGED: new; with TRL's default of one update gates are inert
     per_device_train_batch_size=24,
     num_generations=4,
@@ -48,7 +47,7 @@ trainer = FiberPOTrainer(  # CHANGED: GRPOTrainer
 trainer.remove_callback(PrinterCallback)  # the table below is shorter
 trainer.train()
 
-shown = ("grad_norm", "clip_ratio/region_mean", "gate/active", "gate/gradient_kept", "reward")
+shown = ("grad_norm", "clip_ratio/region_mean", "gate/left_out", "gate/gradient_kept", "reward")
 print("step", *(f"{name:>22}" for name in shown))
 for record in trainer.state.log_history:
     if "grad_norm" in record:

@@ -151,9 +151,11 @@ def test_doctor_of_settings(fiberpo, tmp_path):
     """Of fiberpo train with its defaults; of TRL; warnings are errors with --strict."""
     path = tmp_path / "config.yaml"
     path.write_text("rollouts: 3\n")
+    assert fiberpo("doctor", path)[:2] == (0, "Nothing found.\n")
+    path.write_text("rollouts: 3\nobjective: fiberpo_domain\n")
     code, out, _ = fiberpo("doctor", path)
     assert code == 0
-    assert "epsilon-above-budget" in out  # the program's defaults, with its own budgets
+    assert "epsilon-above-budget" in out  # with the budgets that the program gives it
     path.write_text("updates_per_rollout: 1\nobjective: grpo\n")
     assert fiberpo("doctor", path)[0] == 1
     warned = {"steps_per_generation": 4, "bf16": True}

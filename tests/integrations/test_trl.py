@@ -130,6 +130,13 @@ def test_one_update_per_rollout_is_announced_loudly(tmp_path, caplog):
     assert metrics["gate/gradient_kept"] == pytest.approx(1.0)
 
 
+def test_the_default_objective(tmp_path):
+    """Without a word it is FiberStop; one by name, with its own parameters, takes its place."""
+    assert str(trainer(tmp_path / "a").objective) == str(fiberpo.recipes.fiberstop())
+    named = trainer(tmp_path / "b", objective="fiberpo_domain").objective
+    assert str(named) == str(fiberpo.recipes.fiberpo_domain())
+
+
 def test_several_updates_say_nothing(tmp_path, caplog):
     """No warning where the gates can act."""
     with caplog.at_level(logging.WARNING, logger="fiberpo"):

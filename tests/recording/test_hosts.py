@@ -265,7 +265,7 @@ def test_train_with_the_flag(start, tmp_path):
     train = [r for r in map(json.loads, lines) if r["kind"] == "train"]
     assert recording.steps == [r["step"] for r in train]
     assert recording.problems == []
-    assert recording.objective().name == "fiberpo_domain"
+    assert recording.objective().name == "fiberstop"
     for item, line in zip(recording.iterate(), train, strict=True):
         assert float(item.rewards.mean()) >= 0
         found = recording.objective()(item.batch).metrics()

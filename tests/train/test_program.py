@@ -11,8 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fiberpo import recipes
 from fiberpo.cli import app, main
 from fiberpo.errors import ConfigError
+from fiberpo.train import program
 from fiberpo.train.callbacks import MetricsFile, RunCallback
 from fiberpo.train.config import make_config
 from fiberpo.train.program import train
@@ -136,7 +138,9 @@ def test_one_update_per_rollout_is_said_once(start, tmp_path, caplog):
     assert "steps_per_generation = 1" in message
 
 
-@pytest.mark.parametrize("objective", ["grpo", "gspo", "dapo", "ppo", "fiberpo", "apc", "dr_grpo"])
+@pytest.mark.parametrize(
+    "objective", ["grpo", "gspo", "dapo", "ppo", "fiberpo", "fiberpo_domain", "apc", "dr_grpo"]
+)
 def test_any_recipe_runs_on_the_same_path(start, tmp_path, objective):
     """Baselines take the same trainer."""
     config = settings(start, tmp_path, objective=objective, rollouts=1, micro_batch=4)
@@ -201,6 +205,8 @@ def test_metrics_file_forgets_what_came_after_the_checkpoint(tmp_path):
         (["--set", "prompts=many"], "prompts is 'many'"),
         (["--budget", "domain=3"], "domain=0.02,0.015"),
         (["--budget", "domain=-1,1"], "must be > 0"),
+        (["--printed"], "write --objective fiberpo_domain --printed"),
+        (["--objective", "fiberstop", "--pessimistic"], "--objective fiberpo_domain --pessimistic"),
         (["--task", "sums"], "unknown task 'sums'"),
         (["--model", "no/such-model"], "cannot load the model"),
         (["--data", "missing.jsonl"], "missing.jsonl"),
@@ -292,13 +298,15 @@ def test_running_from_another_directory(start, tmp_path):
     assert (tmp_path / "runs" / "run" / "report.html").exists()
 
 
-def test_a_misspelt_stratum_is_refused_before_anything_is_written(tmp_path):
+@pytest.mark.parametrize("objective", ["fiberpo_domain", "fiberstop"])
+def test_a_misspelt_stratum_is_refused_before_anything_is_written(tmp_path, objective):
     """Not after the first rollout."""
     config = make_config(
         None,
         {
             "output": str(tmp_path),
             "name": "x",
+            "objective": objective,
             "objective_kwargs": {"budgets": {"domian": (0.1, 0.1)}},
         },
     )
@@ -320,3 +328,88 @@ def test_resume_of_what_is_no_run_says_so(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main()
     assert "it is not the directory of a run" in capsys.readouterr().err
+
+
+DOMAIN = {
+    "budgets": {"domain": (0.02, 0.015), "group": (0.04, 0.03), "trajectory": (0.12, 0.05)},
+    "epsilon": 0.2, "pessimistic": True,
+}  # fmt: skip
+"""What ``objective: fiberpo_domain`` has meant since it was the default."""
+
+
+def same(made, expected):
+    """The same formula and weights, whatever the parameters were written as."""
+    parts = [(o.name, o.gate_map, o.factors, o.weights, o.mask) for o in (made, expected)]
+    return parts[0] == parts[1]
+
+
+def test_without_a_word_it_is_fiberstop():
+    """With the parameters of the recipe; what is given replaces one at a time."""
+    assert same(make_config().build_objective(), recipes.fiberstop())
+    assert make_config().run_name == "fiberstop-embedded-seed0"
+    given = make_config(None, {"objective_kwargs": {"epsilon": 0.1}})
+    assert same(given.build_objective(), recipes.fiberstop(epsilon=0.1))
+    assert not same(given.build_objective(), recipes.fiberstop())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {}, {"pessimistic": False}, {"epsilon": 0.05}, {"measure": "token"}, {"rollback": 32.0},
+        {"budgets": {"domain": (0.05, 0.04)}},
+    ],
+)  # fmt: skip
+def test_fiberpo_domain_means_what_it_meant_as_the_default(given):
+    """The parameters of the program, each replaced by what is given: runs of a study name it."""
+    made = make_config(None, {"objective": "fiberpo_domain", "objective_kwargs": given})
+    assert same(made.build_objective(), recipes.fiberpo_domain(**{**DOMAIN, **given}))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], recipes.fiberstop()),
+        (
+            ["--budget", "domain=0.03,0.02", "--epsilon", "0.1"],
+            recipes.fiberstop({"domain": (0.03, 0.02)}, 0.1),
+        ),
+        (["--objective", "fiberpo_domain"], recipes.fiberpo_domain(**DOMAIN)),
+        (
+            ["--objective", "fiberpo_domain", "--printed", "--epsilon", "0.1"],
+            recipes.fiberpo_domain(**{**DOMAIN, "pessimistic": False, "epsilon": 0.1}),
+        ),
+        (
+            ["--objective", "fiberpo", "--budget", "trajectory=0.1,0.05", "--pessimistic"],
+            recipes.fiberpo((0.1, 0.05), pessimistic=True),
+        ),
+    ],
+)
+def test_options_of_the_objective(options, expected, tmp_path, monkeypatch):
+    """What the command line says is what is trained."""
+    seen = []
+    monkeypatch.setattr(
+        program, "train", lambda config, **_: seen.append(config) or {"interrupted": False}
+    )
+    result = CliRunner().invoke(app, ["train", "--output", str(tmp_path), "--json", "-", *options])
+    assert result.exit_code == 0, result.output
+    assert same(seen[0].build_objective(), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ["a method of ours", "defaults of the recipe"]),
+        ({"objective_kwargs": {"budgets": {"domain": (0.1, 0.1)}}}, ["a method of ours"]),
+        ({"objective": "fiberpo_domain"}, ["defaults of this program", "the pessimistic form"]),
+        (
+            {"objective": "fiberpo_domain", "objective_kwargs": {"pessimistic": False}},
+            ["defaults of this program"],
+        ),
+        ({"objective": "grpo"}, []),
+    ],
+)
+def test_notes_say_whose_parameters_are_in_use(settings, words):
+    """And which method is not the paper's."""
+    notes = program._notes(make_config(None, settings))
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))

@@ -22,9 +22,14 @@ Json = Annotated[
 Budgets = Annotated[
     list[str] | None, typer.Option(help="domain=0.02,0.015 (positive, negative; nats per token).")
 ]
-Epsilon = Annotated[float | None, typer.Option(help="Half-width of the token clip.")]
+Epsilon = Annotated[
+    float | None, typer.Option(help="Bound of the token, in the unit of the objective.")
+]
 Pessimistic = Annotated[
-    bool | None, typer.Option("--pessimistic/--printed", help="min(G A, r A), or as the paper.")
+    bool | None,
+    typer.Option(
+        "--pessimistic/--printed", help="min(G A, r A), or as the paper: fiberpo, fiberpo_domain."
+    ),
 ]
 
 
@@ -132,7 +137,11 @@ def objective_kwargs(
     pessimistic: bool | None,
     values: dict[str, Any],
 ) -> dict[str, Any]:
-    """Parameters of a recipe from command-line flags, on top of ``values``."""
+    """Parameters of a recipe from command-line flags, on top of ``values``.
+
+    Raises:
+        ConfigError: for budgets that cannot be read, and flags that the recipe cannot follow.
+    """
     out = dict(values)
     if budget:
         budgets = budgets_from(budget)
@@ -148,5 +157,11 @@ def objective_kwargs(
     if epsilon is not None:
         out["epsilon"] = epsilon
     if pessimistic is not None:
+        if objective == "fiberstop":
+            flag = "--pessimistic" if pessimistic else "--printed"
+            raise ConfigError(
+                f"{flag} chooses a form of fiberpo or fiberpo_domain, and fiberstop (the default "
+                f"of fiberpo train) has one form only; write --objective fiberpo_domain {flag}"
+            )
         out["pessimistic"] = pessimistic
     return out

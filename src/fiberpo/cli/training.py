@@ -40,7 +40,10 @@ def train(
     reward: Annotated[str | None, typer.Option(help="file.py:function.")] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="A recipe, as grpo or gspo.", autocompletion=complete_objective),
+        typer.Option(
+            help="A recipe, as grpo or gspo; by default fiberstop.",
+            autocompletion=complete_objective,
+        ),
     ] = None,
     budget: Budgets = None,
     epsilon: Epsilon = None,
@@ -88,8 +91,8 @@ def train(
 ) -> None:
     """Train a language model by RL with any objective, and write a report.
 
-    Without options: FiberPO-Domain on the embedded model and four small domains, about four
-    minutes on two cores. The run's directory holds the report, metrics, config and checkpoint.
+    Without options: FiberStop on the embedded model and four small domains, a few minutes on two
+    cores. The run's directory holds the report, metrics, config and checkpoint.
     """
     given = {
         "name": name, "output": output, "model": model, "tasks": task, "data": data,

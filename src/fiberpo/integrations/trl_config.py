@@ -55,7 +55,7 @@ class FiberPOConfig(GRPOConfig):
         *GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs", "correction_kwargs",
     ]  # fmt: skip
 
-    objective: str = field(default="fiberpo_domain", metadata={"help": "Name of a recipe."})
+    objective: str = field(default="fiberstop", metadata={"help": "Name of a recipe."})
     objective_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Parameters of the recipe."}
     )

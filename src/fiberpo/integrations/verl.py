@@ -61,7 +61,8 @@ class FiberPOPolicyLossConfig(PolicyLossConfig):
     Args:
         loss_mode: one of `LOSS_MODES`, or any of verl's own.
         budget: ``[C+, C-]`` in nats per token, of ``fiberpo``.
-        budgets: stratum -> ``[C+, C-]``, of ``fiberpo_domain``; possibly one pair a context name.
+        budgets: stratum -> ``[C+, C-]``, of ``fiberpo_domain`` and ``fiberstop``;
+            possibly one pair a context name.
         epsilon: of the recipe, with the recipe's own meaning.
         pessimistic: of the recipe.
         objective_kwargs: every other parameter of the recipe.
@@ -76,7 +77,7 @@ class FiberPOPolicyLossConfig(PolicyLossConfig):
         ConfigError, ObjectiveError, BudgetError: for parameters that the recipe does not take.
     """
 
-    loss_mode: str = "fiberpo_domain"
+    loss_mode: str = "fiberstop"
     budget: Any = None
     budgets: Any = None
     epsilon: float | None = None

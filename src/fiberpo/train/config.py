@@ -20,14 +20,19 @@ from .rewards import load_attribute
 
 CONFIG_FILE = "config.yaml"
 
-TRAINING_OBJECTIVE = "fiberpo_domain"
-TRAINING_PARAMETERS: Mapping[str, Any] = {
-    "budgets": {"domain": [0.02, 0.015], "group": [0.04, 0.03], "trajectory": [0.12, 0.05]},
-    "epsilon": 0.2,
-    "pessimistic": True,
+TRAINING_OBJECTIVE = "fiberstop"
+"""What ``fiberpo train`` trains with unless told otherwise; its parameters are the recipe's own."""
+
+TRAINING_PARAMETERS: Mapping[str, Mapping[str, Any]] = {
+    "fiberpo_domain": {
+        "budgets": {"domain": [0.02, 0.015], "group": [0.04, 0.03], "trajectory": [0.12, 0.05]},
+        "epsilon": 0.2,
+        "pessimistic": True,
+    }
 }
-"""What ``fiberpo train`` uses unless told otherwise: budgets of the size of the drifts that the
-embedded run shows, and the pessimistic form. The recipes themselves default to the printed form."""
+"""Objective -> parameters that ``fiberpo train`` gives it unless told otherwise, where they are not
+the recipe's own: budgets of the size of the drifts that the embedded run shows, and the pessimistic
+form, where the recipe defaults to the printed one."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +213,7 @@ class TrainConfig:
 
     def build_objective(self) -> Objective:
         """The objective, with the training defaults for what was not said about it."""
-        parameters = dict(self.objective_kwargs)
-        if self.objective == TRAINING_OBJECTIVE:
-            parameters = {**TRAINING_PARAMETERS, **parameters}
+        parameters = {**TRAINING_PARAMETERS.get(self.objective, {}), **self.objective_kwargs}
         if self.objective == "dr_grpo" and self.max_completion_length:
             parameters.setdefault("length", self.max_completion_length)
         objective = masked(

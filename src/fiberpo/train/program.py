@@ -23,7 +23,7 @@ from ..recording import RUN_FOLDER
 from ..report.page import write_report
 from ..report.strata import strata_table
 from .callbacks import METRICS_FILE, Interruption, MetricsFile, RunCallback
-from .config import CONFIG_FILE, TRAINING_OBJECTIVE, TrainConfig
+from .config import CONFIG_FILE, TrainConfig
 from .heldout import Heldout, evaluate_heldout
 from .mismatch import Engine, MismatchTrainer
 from .sources import Source, check_directory, load_model, load_source
@@ -186,7 +186,17 @@ def _describe(config: TrainConfig, source: Source, model: Any, say: Any) -> None
 
 def _notes(config: TrainConfig) -> list[str]:
     notes = []
-    if config.objective == TRAINING_OBJECTIVE:
+    if config.objective == "fiberstop":
+        notes.append(
+            "fiberstop is a method of ours, not the paper's; the paper's is --objective "
+            "fiberpo_domain --printed"
+        )
+        if "budgets" not in config.objective_kwargs:
+            notes.append(
+                "budgets are the defaults of the recipe, which were chosen on the embedded model; "
+                "fiberpo suggest proposes others from a recorded run"
+            )
+    if config.objective == "fiberpo_domain":
         if not {"budgets", "epsilon"} & set(config.objective_kwargs):
             notes.append(
                 "budgets and epsilon are the defaults of this program, of the size of the drifts "
@@ -194,8 +204,8 @@ def _notes(config: TrainConfig) -> list[str]:
             )
         if "pessimistic" not in config.objective_kwargs:
             notes.append(
-                "the pessimistic form min(G A, r A) is the default of this program; it is ours, "
-                "not the paper's, whose printed form --printed selects"
+                "the pessimistic form min(G A, r A) is what this program takes by default; it is "
+                "ours, not the paper's, whose printed form --printed selects"
             )
     for domain, share in (config.reward_noise or {}).items():
         notes.append(
