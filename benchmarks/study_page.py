@@ -1,9 +1,9 @@
-"""The tables and numbers of `docs/study.md`, written from the tables in `docs/study/`.
+"""The numbers of `docs/study.md` and of the README, written from the tables in `docs/study/`.
 
     python benchmarks/study_page.py [--check]
     python benchmarks/study_page.py --take runs/study-small       copy the table of a finished study
 
-``--check`` changes nothing and exits with 1 where the page is not what the tables say. Besides the
+``--check`` changes nothing and exits with 1 where a page is not what the tables say. Besides the
 blocks of `fiberpo.study.markdown` there are marks for single numbers:
 
     study:NAME:difference:SETTING:A:B:MEASURE   paired difference A - B with its 95 % interval
@@ -25,7 +25,7 @@ from fiberpo.study.markdown import blocks, fill_page
 from fiberpo.study.statistics import ALL, compare
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, TABLES = ROOT / "docs/study.md", ROOT / "docs/study"
+PAGES, TABLES = (ROOT / "docs/study.md", ROOT / "README.md"), ROOT / "docs/study"
 
 
 METRICS = (
@@ -65,16 +65,19 @@ def single_numbers(name, study, cells, table):
     return found
 
 
-def filled(text):
-    """The page with every mark filled."""
+def numbers():
+    """Mark -> text, for every table."""
+    every = {}
     for path in sorted(TABLES.glob("*.parquet")):
-        name = path.stem
-        study = load_study(find_study(name))
-        table = pd.read_parquet(path)
+        study, table = load_study(find_study(path.stem)), pd.read_parquet(path)
         cells = measuring.arranged(measuring.cell_measures(table), study)
-        found = {**blocks(cells, study), **single_numbers(name, study, cells, table)}
-        text = fill_page(text, {k: v for k, v in found.items() if f"<!-- {k} -->" in text})
-    return text
+        every.update(blocks(cells, study) | single_numbers(path.stem, study, cells, table))
+    return every
+
+
+def filled(text, every):
+    """A page with every mark filled."""
+    return fill_page(text, {k: v for k, v in every.items() if f"<!-- {k} -->" in text})
 
 
 def main():
@@ -87,11 +90,14 @@ def main():
         TABLES.mkdir(exist_ok=True)
         place = TABLES / f"{table['study'].iloc[0]}.parquet"
         table.to_parquet(place, index=False, compression="zstd")
-    text = PAGE.read_text()
-    new = filled(text)
-    if options.check:
-        sys.exit(int(new != text))
-    PAGE.write_text(new)
+    stale, every = False, numbers()
+    for page in PAGES:
+        text = page.read_text()
+        new = filled(text, every)
+        stale = stale or new != text
+        if not options.check:
+            page.write_text(new)
+    sys.exit(int(options.check and stale))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def compare(
     """Paired differences ``a - b``: a row for each pair, setting and measure.
 
     With several settings there is a row for all of them together: every seed is first averaged
-    over the settings that both arms have, then paired; seeds that lack one of these are left out.
+    over the settings in which both arms have two common seeds or more, then paired; seeds that lack
+    one of these are left out.
 
     Args:
         measures: of `cell_measures`.
@@ -62,7 +63,7 @@ def compare(
                 for setting in settings
                 for arm in (a, b)
             }
-            both = [s for s in settings if len(_common(values[s, a], values[s, b]))]
+            both = [s for s in settings if len(_common(values[s, a], values[s, b])) > 1]
             for setting in settings:
                 here = set(measures.loc[measures["setting"] == setting, "arm"])
                 if {a, b} <= here:
