@@ -1,5 +1,5 @@
 # make train      install into .venv and run the main job (about 4 minutes on 2 cores)
-# make study-small  the small study: four methods, two settings, five seeds (about 11 minutes)
+# make study-small  the small study: four methods, two settings, five seeds (about 9 minutes)
 # make train-llm  the same on SmolLM2-135M-Instruct (about 8 minutes)
 # make test       install and run all tests, fast ones first
 # make check      format, lint, types, tests (CI runs this, then make test-verl)
