@@ -38,14 +38,14 @@ METRICS = (
 """Training metrics that the page names."""
 
 
-def single_numbers(name, study, cells, table):
+def single_numbers(name, cells, table, comparisons):
     """Mark -> text for the numbers in sentences."""
     mark, found = f"study:{name}", {}
     for (setting, arm), own in table[table["step"] > 0].groupby(["setting", "arm"]):
         for column in METRICS:
             if column in own and own[column].notna().any():
                 found[f"{mark}:metric:{setting}:{arm}:{column}"] = f"{own[column].mean():.3f}"
-    for row in compare(cells, study.pairs).to_dict("records"):
+    for row in comparisons.to_dict("records"):
         setting = "all" if row["setting"] == ALL else row["setting"]
         key = f"{mark}:difference:{setting}:{row['a']}:{row['b']}:{row['measure']}"
         interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
@@ -71,7 +71,9 @@ def numbers():
     for path in sorted(TABLES.glob("*.parquet")):
         study, table = load_study(find_study(path.stem)), pd.read_parquet(path)
         cells = measuring.arranged(measuring.cell_measures(table), study)
-        every.update(blocks(cells, study) | single_numbers(path.stem, study, cells, table))
+        comparisons = compare(cells, study.pairs)
+        every.update(blocks(cells, study, comparisons))
+        every.update(single_numbers(path.stem, cells, table, comparisons))
     return every
 
 

@@ -204,9 +204,17 @@ def report(
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def blocks(measures: pd.DataFrame, study: Study) -> dict[str, str]:
-    """Everything that a page may show of a study, by the name of its mark."""
-    comparisons = compare(measures, study.pairs)
+def blocks(
+    measures: pd.DataFrame, study: Study, comparisons: pd.DataFrame | None = None
+) -> dict[str, str]:
+    """Everything that a page may show of a study, by the name of its mark.
+
+    Args:
+        measures, study: the cells and their study.
+        comparisons: `compare` of the study's pairs, where it is known.
+    """
+    if comparisons is None:
+        comparisons = compare(measures, study.pairs)
     mark = f"study:{study.name}"
     found = {
         f"{mark}:main": main_table(measures, study),
