@@ -313,3 +313,10 @@ def test_two_commands_at_a_time(tmp_path, here):
 def test_options_that_make_no_sense(option, value):
     with pytest.raises(ConfigError, match=f"{option} is {value}"):
         Options(**{option: value})
+
+
+def test_a_page_that_cannot_be_made_is_said_before_anything_runs(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(runner, "PAGE", "fiberpo_has_no_such_page")
+    with pytest.raises(ModuleNotFoundError, match="fiberpo_has_no_such_page"):
+        run_study(STUDY, tmp_path / "out", Options())
+    assert not (tmp_path / "out").exists()

@@ -55,7 +55,7 @@ def _run() -> int:
             raise
         return _say(
             f"{error.name} is not installed. The command line needs the extras: "
-            "pip install 'fiberpo[trl,report,lab]'"
+            "pip install 'fiberpo[trl,report,lab,study]'"
         )
     except OSError as error:
         if error.filename is None:

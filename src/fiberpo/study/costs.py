@@ -22,7 +22,8 @@ WORKER = 8.0
 """Seconds until a new worker process has imported everything."""
 
 MODEL_FACTOR = {"embedded": 1.0, "smollm2": 50.0}
-"""Costs of an answer in those of the embedded model; 1 for models nobody has measured."""
+"""Costs of an answer in those of the embedded model; 1 for models nobody has measured. That of
+smollm2 is an estimate from the time of a whole run; the first finished cell corrects it."""
 
 PROCEDURAL_DOMAINS = 4
 

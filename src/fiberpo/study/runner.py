@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import signal
 import sys
@@ -26,6 +27,7 @@ from .results import write_results
 from .worker import Job
 
 LOGS_FOLDER = "logs"
+PAGE = "fiberpo.study.page"
 
 POLL = 0.5
 """Seconds within which an interruption is noticed."""
@@ -56,6 +58,7 @@ def run_study(study: Study, output: Path, options: Options, say: Say = print) ->
     Raises:
         ConfigError: before anything runs; also if not even the first cells fit into the time.
     """
+    importlib.import_module(PAGE)  # what it lacks is said before hours of training
     plan = make_plan(study, output, options)
     for line in plan.describe():
         say(line)
@@ -102,9 +105,8 @@ def _finish(
     say(f"finished   {finished} of {amount(len(cells), 'cell')}")
     if interrupted or not finished:
         return Result(status, None, failed, interrupted)
-    from .page import write_study_report
-
-    return Result(status, write_study_report(output, table.to_pandas(), study), failed)
+    page = importlib.import_module(PAGE)
+    return Result(status, page.write_study_report(output, table.to_pandas(), study), failed)
 
 
 def log_of(output: Path, cell: Cell) -> Path:
