@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 
 import fiberpo
 import fiberpo.ops.triton as backend
-from fiberpo.lowering import lower
 
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
@@ -33,7 +32,7 @@ POINTERS = {
 LENGTHS = (1, 500, 2000, 4000, 8189, 40_000)
 QUICK = {
     "gspo": (4000,), "sapo": (4000,), "fiberpo": (8189, 40_000), "fiberpo_domain": (8189,),
-    "fiberpo_pessimistic": (4000,),
+    "fiberpo_pessimistic": (4000,), "fiberstop": (8189, 40_000),
 }  # fmt: skip
 PHASES = ("final", "guess", "sums", "middle", "gradient")
 REGISTERS, THREADS = 65_536, 2_048
@@ -144,8 +143,7 @@ def plan_of(objective, length, rows):
         zeros, zeros, torch.ones(rows), [length] * rows,
         labels={"group": ids // 8, "domain": ids // 8 % 4},
     )  # fmt: skip
-    layout = objective.gate_map.lay_out(batch, warn=False)
-    return lower(objective.gate_map, layout, batch)
+    return objective.plan(batch, mu=torch.ones(rows).double()).lowered
 
 
 def main():

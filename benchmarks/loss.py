@@ -113,6 +113,7 @@ def ours(data):
         "fiberpo": fiberpo.recipes.fiberpo(BUDGET, EPSILON),
         "fiberpo pessimistic": fiberpo.recipes.fiberpo(BUDGET, EPSILON, pessimistic=True),
         "fiberpo_domain": fiberpo.recipes.fiberpo_domain(STRATA, epsilon=EPSILON),
+        "fiberstop": fiberpo.recipes.fiberstop(STRATA, EPSILON),
         "grpo": fiberpo.recipes.grpo(),
         "gspo": fiberpo.recipes.gspo(*GSPO),
     }

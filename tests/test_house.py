@@ -26,7 +26,7 @@ LAYERS = [
         "measurement",
         "acceptance",
     },
-    {"lowering", "objective", "memory", "exact", "citations", "corrections"},
+    {"lowering", "surrogate", "objective", "memory", "exact", "citations", "corrections"},
     {"building", "peers", "stopping", "recipes", "testing"},
     {"theory", "recording"},
     {"diagnosis"},

@@ -10,30 +10,24 @@ Reference: *Fibration Policy Optimization*, arXiv 2603.08239, Definition 3.1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int8
+from jaxtyping import Float
 from torch import Tensor
 
-from .acceptance import acceptance
 from .batch import RatioBatch
-from .collective import LOCAL, Collective, Match
+from .collective import LOCAL, Collective
 from .errors import ObjectiveError
 from .gates import BudgetClip, Regime
-from .gating import GatedRatio, GateMap
+from .gating import GateMap
 from .labels import order_strata
-from .layout import Layout
-from .lowering import cannot_lower, lower
-from .masks import Renormalised, SequenceMask, certainty_of
-from .measurement import measure
+from .lowering import cannot_lower, fused_stop
+from .masks import Renormalised, SequenceMask
 from .ops.dispatch import REFERENCE, choose, resolve
-from .ops.plan import GatePlan, Merge
-from .ops.segments import Segments
-from .statistics import Statistics
 from .stops import BudgetStop, Stopped
+from .surrogate import Plan, Surrogate
 from .token_masks import TokenFactor
 from .weights import Denominators, Weights
 
@@ -102,7 +96,8 @@ class Objective:
         stops = tuple(stop.lay_out(batch, collective) for stop in self.stops)
         if mu is None:
             mu = self.weights.shares(batch, denominators, collective)
-        return Plan(self.gate_map, layout, mu, collective, batch, stops)
+        fused = fused_stop(self.gate_map, self.factors)
+        return Plan(self.gate_map, layout, mu, collective, batch, stops, fused)
 
     def __call__(
         self,
@@ -133,10 +128,8 @@ class Objective:
         if plan is None:
             plan = self.plan(batch, denominators=denominators, collective=collective)
         batch = plan.adopt(batch)
-        with torch.no_grad():
-            known = self._scale(plan, batch)
         if gradient == "closed_form":
-            return self._closed_form(plan, batch, known, backend)
+            return self._closed_form(plan, batch, backend)
         if gradient != "autograd":
             raise ObjectiveError(f"gradient is {gradient!r}; use 'closed_form' or 'autograd'")
         if plan.collective.size > 1:
@@ -148,15 +141,14 @@ class Objective:
             raise ObjectiveError(
                 f"gradient='autograd' goes through the gate classes, not through {backend!r}"
             )
+        scale, kept, stopped = self._scale(plan, batch)
         gated = self.gate_map(batch, plan.layout)
-        weight = batch.spread(known["scale"]) * batch.advantages.double()
+        weight = batch.spread(scale) * batch.advantages.double()
         loss, minus = -gated.objective(weight), -gated.pullback(weight)
-        return Surrogate(self, batch, loss, minus, plan, **known, _gated=gated)
+        return Surrogate(self, batch, loss, minus, plan, scale, kept, stopped, _gated=gated)
 
-    def _closed_form(
-        self, plan: Plan, batch: RatioBatch, known: dict[str, Any], backend: str
-    ) -> Surrogate:
-        backend, scale = resolve(backend), known["scale"]
+    def _closed_form(self, plan: Plan, batch: RatioBatch, backend: str) -> Surrogate:
+        backend = resolve(backend)
         reasons = [] if backend == REFERENCE else cannot_lower(self.gate_map, plan.layout)
         if reasons and backend != "auto":
             raise ObjectiveError(
@@ -164,29 +156,34 @@ class Objective:
                 "backend='reference' or 'auto'."
             )
         if reasons or backend == REFERENCE:
+            scale, kept, stopped = self._scale(plan, batch)
             with torch.no_grad():
                 gated = self.gate_map(batch, plan.layout)
                 weight = batch.spread(scale) * batch.advantages.double()
                 value, minus = -gated.objective(weight), -gated.pullback(weight)
             loss = _Linear.apply(batch.log_probs, value, minus.to(batch.log_probs.dtype))
-            return Surrogate(self, batch, loss, minus, plan, **known, _gated=gated)
-        lowered, layout = plan.lowered, plan.layout
+            return Surrogate(self, batch, loss, minus, plan, scale, kept, stopped, _gated=gated)
+        lowered, at = plan.lowered, plan.lowered_layout.contexts
+        scale, kept, stopped = self._scale(plan, batch, fused=plan.fused is not None)
         found = choose(backend, lowered, batch.log_probs).evaluate(
             lowered,
             batch.log_probs.detach().contiguous(),
             batch.old_log_probs.contiguous(),
             plan.of_segments(batch.given_advantages),
             plan.of_segments(scale),
-            None if layout.contexts is None else _merge(layout.contexts.match),
+            None if at is None or at.match is LOCAL else at.match.merge,
         )
         loss = _Linear.apply(batch.log_probs, -found.value, found.gradient)
         return Surrogate(
-            self, batch, loss, found.gradient, plan, **known,
+            self, batch, loss, found.gradient, plan, scale, kept, stopped,
             _mean=found.mean, _segment_values=-found.segment_values,
         )  # fmt: skip
 
-    def _scale(self, plan: Plan, batch: RatioBatch) -> dict[str, Any]:
-        """``scale``, ``kept`` and ``stopped`` of the `Surrogate`."""
+    @torch.no_grad()
+    def _scale(
+        self, plan: Plan, batch: RatioBatch, *, fused: bool = False
+    ) -> tuple[Tensor, Tensor | None, tuple[Stopped, ...]]:
+        """``mu_i M_i`` times all factors, but for a ``fused`` stop; what mask and stops say."""
         scale, kept, layouts, stopped = plan.shares, None, iter(plan.stops), []
         if self.mask is not None:
             kept = self.mask(batch)
@@ -198,11 +195,13 @@ class Objective:
                 scale = scale * self.mask.scale(plan.mu, kept[batch.trajectory], plan.collective)
         for factor in self.factors:
             if isinstance(factor, BudgetStop):
+                if fused:
+                    continue
                 stopped.append(factor.stopped(batch, next(layouts)))
                 scale = batch.spread(scale) * stopped[-1].kept
             else:
                 scale = batch.spread(scale) * factor(batch)
-        return {"scale": scale, "kept": kept, "stopped": tuple(stopped)}
+        return scale, kept, tuple(stopped)
 
     @property
     def stops(self) -> tuple[BudgetStop, ...]:
@@ -241,160 +240,6 @@ class Objective:
     def __str__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items() if v is not None)
         return f"{self.name}({inside})"
-
-
-def _merge(match: Match) -> Merge | None:
-    return None if match is LOCAL else match.merge
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Contexts and weights of the tokens of one optimizer batch (see `Objective.plan`).
-
-    Attributes:
-        gate_map: whose contexts.
-        layout: contexts, masses and counts over all ranks.
-        shares: aggregation weight of a token, ``[rows]`` or ``[N]`` float64; see `mu`.
-        collective: the ranks.
-        batch: the tokens.
-        stops: contexts of each of `Objective.stops`.
-    """
-
-    gate_map: GateMap
-    layout: Layout
-    shares: Float[Tensor, "..."]
-    collective: Collective
-    batch: RatioBatch
-    stops: tuple[Layout, ...] = ()
-
-    @cached_property
-    def mu(self) -> Float[Tensor, " N"]:
-        """Aggregation weight ``mu_i`` of every token, float64."""
-        return self.batch.spread(self.shares)
-
-    @cached_property
-    def lowered(self) -> GatePlan:
-        """For the fused backends."""
-        return lower(self.gate_map, self.layout, self.batch)
-
-    def of_segments(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Values of rows as values of segments; those of tokens as they are."""
-        at = self.layout.contexts
-        by_row = at is not None and len(values) == self.batch.rows
-        return at.strata.of_rows(values) if at is not None and by_row else values
-
-    def adopt(self, batch: RatioBatch) -> RatioBatch:
-        """``batch``, known to have the tokens of this plan.
-
-        Raises:
-            ObjectiveError: if it has other tokens.
-        """
-        mine = self.batch.lengths
-        if batch.lengths is mine or torch.equal(batch.lengths, mine):
-            return batch.joined_like(self.batch)
-        raise ObjectiveError(
-            f"the plan was made for {len(self.batch)} tokens in {self.batch.rows} rows, the batch "
-            f"has {len(batch)} in {batch.rows}; make a new plan for other tokens"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Surrogate:
-    """What an objective says about a batch.
-
-    Attributes:
-        loss: scalar to minimise, ``-J`` (of this rank's tokens, over the global denominators).
-        gradient: ``[N]``, ``d loss / d log_probs`` without graph, in the dtype of the log-probs
-            (float64 from the reference).
-        plan: contexts and aggregation weights.
-        scale: ``mu_i M_i`` times the factors of the tokens, ``[rows]`` or ``[N]`` float64.
-        kept: what the mask says of each trajectory, or None.
-        stopped: what each of `Objective.stops` says.
-    """
-
-    objective: Objective
-    batch: RatioBatch
-    loss: Float[Tensor, ""]
-    gradient: Float[Tensor, " N"]
-    plan: Plan
-    scale: Float[Tensor, "..."]
-    kept: Bool[Tensor, " trajectories"] | None = None
-    stopped: tuple[Stopped, ...] = ()
-    _gated: GatedRatio | None = field(default=None, repr=False)
-    _mean: Tensor | None = field(default=None, repr=False)
-    _segment_values: Tensor | None = field(default=None, repr=False)
-
-    @cached_property
-    def coefficients(self) -> Float[Tensor, " N"]:
-        """``dJ/d log_probs`` without graph, float64.
-
-        The backward of ``-(coefficients * log_probs).sum()`` is the exact gradient of the loss.
-        """
-        return 0.0 - self.gradient.double()  # never -0.0
-
-    @cached_property
-    def weight(self) -> Float[Tensor, " N"]:
-        """``mu_i M_i A_i`` times the factors of the tokens, float64."""
-        return self.batch.spread(self.scale) * self.batch.advantages.double()
-
-    @cached_property
-    @torch.no_grad()
-    def gated(self) -> GatedRatio:
-        """The gated batch with all pieces; evaluated when it is first looked at."""
-        if self._gated is not None:
-            return self._gated
-        return self.objective.gate_map(self.batch, self.plan.layout, self._mean)
-
-    @property
-    def log_gated_ratio(self) -> Float[Tensor, " N"]:
-        """``log G(r)_i``, float64."""
-        return self.gated.log_gated_ratio
-
-    @property
-    def values(self) -> Float[Tensor, " N"]:
-        """``[N]`` float64, each token's share ``-mu_i M_i G_i A_i`` of the loss."""
-        return -self.gated.terms(self.weight)
-
-    def loss_of_rows(self) -> Float[Tensor, " rows"]:
-        """Each row's share of the loss, float64."""
-        if self._segment_values is None:
-            return Segments(self.batch.row, self.batch.rows).sum(self.values)
-        at = self.plan.layout.contexts
-        if at is None or at.strata.segment_row is None:
-            return self._segment_values
-        return Segments(at.strata.segment_row, self.batch.rows).sum(self._segment_values)
-
-    @cached_property
-    def regimes(self) -> dict[str, Int8[Tensor, "channels contexts"]]:
-        """Per stratum, coarse to fine and ``"token"`` last: `Regime` of every channel and context.
-
-        >>> import fiberpo
-        >>> batch = fiberpo.RatioBatch.from_packed(
-        ...     torch.tensor([-0.5, -1.0]), torch.tensor([-1.0, -1.0]), torch.ones(1), [2])
-        >>> out = fiberpo.recipes.fiberpo(budget=(0.12, 0.05), epsilon=0.04)(batch)
-        >>> [fiberpo.Regime(int(r)).name for r in out.regimes["trajectory"][:, 0]]
-        ['ZERO', 'PASS']
-        """
-        found = {}
-        if self.gated.strata is not None and self.gated.gated is not None:
-            for k, name in enumerate(self.gated.strata.names):
-                found[name] = self.gated.gated.regime[:, self.gated.strata.level(k)]
-        found["token"] = self.gated.token.regime
-        return found
-
-    @cached_property
-    def statistics(self) -> Statistics:
-        """Mergeable statistics of this call, as tensors."""
-        found = measure(self.batch, self.gated, self.weight, self.coefficients, self.stopped)
-        if self.kept is None:
-            return found
-        certainty = certainty_of(self.objective.mask, self.batch)
-        more = acceptance(self.batch, self.kept, certainty)
-        return replace(found, means={**found.means, **more})
-
-    def metrics(self) -> dict[str, float]:
-        """Flat dictionary of floats (see the table in ``docs/metrics.md``)."""
-        return self.statistics.compute()
 
 
 __all__ = ["Objective", "Plan", "Regime", "Surrogate", "TokenFactor"]

@@ -177,7 +177,15 @@ class BudgetStop:
         if layout.contexts is None:
             return Stopped(self, batch, layout)
         mean = self._drifts(batch.log_ratio.detach().double(), layout.contexts)
-        return Stopped(self, batch, layout, mean, mean > self._limits(layout.contexts))
+        return self.judged(batch, layout, mean)
+
+    def judged(
+        self, batch: RatioBatch, layout: Layout, mean: Float[Tensor, "2 C"] | None
+    ) -> Stopped:
+        """As `stopped`, where the drifts ``S+-`` are known."""
+        if layout.contexts is None or mean is None:
+            return Stopped(self, batch, layout)
+        return Stopped(self, batch, layout, mean, mean > self.limits(layout.contexts))
 
     def _drifts(self, log_ratio: Tensor, at: ContextLayout) -> Tensor:
         """``[2, C]``: ``S+`` and ``S-`` of the contexts, over all ranks."""
@@ -190,8 +198,12 @@ class BudgetStop:
             at.match.merge(at.strata.push_segments(at.segment_omega * torch.stack(sums))) / at.mass
         )
 
-    def _limits(self, at: ContextLayout) -> Tensor:
-        """``[2, C]`` budgets of the contexts."""
+    def limits(self, at: ContextLayout) -> Float[Tensor, "2 C"]:
+        """Budgets of the contexts.
+
+        Raises:
+            BudgetError: if a context has none.
+        """
         strata, parts = at.strata, []
         for k, name in enumerate(strata.names):
             size = strata.bounds[k + 1] - strata.bounds[k]

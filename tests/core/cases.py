@@ -125,8 +125,8 @@ def hierarchy_oracle(case, budgets, epsilon, measure="trajectory", log_ratios=No
     )
 
 
-def run_ranks(objective, batches):
+def run_ranks(objective, batches, **more):
     """Call the objective on every part at once; the surrogates in rank order."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fiberpo.FiberPOWarning)  # parts may hold single contexts
-        return simulate_ranks(lambda b, ranks: objective(b, collective=ranks), batches)
+        return simulate_ranks(lambda b, ranks: objective(b, collective=ranks, **more), batches)

@@ -146,8 +146,23 @@ def test_the_loss_and_the_gradient_that_reaches_the_log_probs():
 # ------------------------------------------------------------------------------- edges, by hand
 
 
-def kept(log_ratios, advantage, budgets, epsilon=inf, **more):
-    return recipes.fiberstop(budgets, epsilon)(single(log_ratios, advantage, **more)).coefficients
+def by_every_backend(objective, batch):
+    """Coefficients; all backends at hand agree to the last bit."""
+    first, *others = (
+        objective(batch, backend=name).coefficients
+        for name in ("reference", "torch", "cpu", "triton")
+        if name == "reference" or served(name)
+    )
+    assert others
+    for other in others:
+        assert other.tolist() == first.tolist()
+    return first
+
+
+def kept(log_ratios, advantage, budgets, epsilon=inf):
+    return by_every_backend(
+        recipes.fiberstop(budgets, epsilon), packed(log_ratios, [advantage], [len(log_ratios)])
+    )
 
 
 def test_a_drift_of_exactly_the_budget_passes():
@@ -185,8 +200,8 @@ def test_the_channel_is_that_of_the_advantage():
 def test_a_token_that_has_not_moved_is_stopped_with_its_context():
     """``l = 0`` goes outward in either direction."""
     batch = packed([0.0, 0.4, 0.0], [1.0, 1.0, -1.0], [3])
-    out = recipes.fiberstop({"trajectory": (0.1, 0.1)}, inf)(batch)
-    assert (out.coefficients == 0).tolist() == [True, True, False]
+    found = by_every_backend(recipes.fiberstop({"trajectory": (0.1, 0.1)}, inf), batch)
+    assert (found == 0).tolist() == [True, True, False]
 
 
 def test_no_advantage_no_stop():
@@ -201,8 +216,8 @@ def test_one_scale_is_enough():
     """The group is out of its budget, its second trajectory and all of its tokens are not."""
     batch = packed([0.4, 0.4, 0.0], [1.0, 1.0], [2, 1], labels={"group": ["g", "g"]})
     budgets = {"group": (0.1, 0.1), "trajectory": (0.5, 0.5)}
+    assert by_every_backend(recipes.fiberstop(budgets, 0.5), batch).tolist() == [0.0] * 3
     out = recipes.fiberstop(budgets, 0.5)(batch)
-    assert out.coefficients.tolist() == [0.0] * 3
     metrics = out.metrics()
     assert [metrics[f"stop/{s}"] for s in ("group", "trajectory", "token")] == [1.0, 0.0, 0.0]
     assert metrics["gate/active"] == 0
@@ -370,13 +385,14 @@ def test_trajectory_stops_are_contained():
         exact.by_trajectory(make("chain"), batch)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(("rank_of", "ranks"), SPLITS.values(), ids=SPLITS)
-def test_ranks_together_are_one_process(rank_of, ranks):
+def test_ranks_together_are_one_process(rank_of, ranks, backend):
     """Also the statistics, which no rank has to read with the others."""
     case = random_case(1)
     whole = make("turns")(case.batch())
     parts = parts_of(case, rank_of, ranks)
-    outs = run_ranks(make("turns"), [batch for batch, _ in parts])
+    outs = run_ranks(make("turns"), [batch for batch, _ in parts], backend=backend)
     for out, (_, tokens) in zip(outs, parts):
         assert out.coefficients.tolist() == whole.coefficients[tokens].tolist()
     merged = outs[0].statistics

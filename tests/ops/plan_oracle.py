@@ -19,8 +19,8 @@ from fiberpo.ops.plan import (
     States,
 )
 
-CONTEXT_CODES = [c for c in GateCode if c is not GateCode.BUDGET]
-TOKEN_CODES = [c for c in GateCode if c is not GateCode.TAPER]
+CONTEXT_CODES = [c for c in GateCode if c not in (GateCode.BUDGET, GateCode.STOP)]
+TOKEN_CODES = [c for c in GateCode if c not in (GateCode.TAPER, GateCode.STOP)]
 FIRST_CODES = [c for c in TOKEN_CODES if c is not GateCode.BUDGET]
 
 
@@ -103,6 +103,8 @@ def evaluate(plan, log_probs, old, advantages, scale):
                 for c in path[i]:
                     S[ch, c] += omega[i] * x[ch, i] / float(at.mass[c])
             for k, lowered in enumerate(at.gates):
+                if lowered.code == GateCode.STOP:
+                    continue
                 for c in range(at.bounds[k], at.bounds[k + 1]):
                     numbers = lowered.numbers
                     if lowered.code == GateCode.AGGREGATE:
@@ -131,10 +133,17 @@ def evaluate(plan, log_probs, old, advantages, scale):
                     v[ch, i] = u[ch, i]
                 else:
                     v[ch, i], shared[ch, i] = np.sign(u[ch, i]) * bound, -np.sign(u[ch, i])
-            else:
+            elif plan.token.code != GateCode.STOP:
                 v[ch, i], token_slope[ch, i] = gate(
                     plan.token.code, plan.token.numbers, u[ch, i], A[i], ch, CH
                 )
+
+    for i in range(N if plan.token.code == GateCode.STOP else 0):
+        side = 0 if A[i] > 0 else 1
+        outward = ratio[i] * np.sign(A[i])
+        beyond = any(S[side, c] > float(at.budget[side, c]) for c in path[i])
+        if outward >= (0.0 if beyond else plan.token.numbers[side]):
+            w[i] = 0.0
 
     parts, gradient, a = np.zeros(plan.segments), np.zeros(N), np.zeros((CH, N))
     for i in range(N):
@@ -318,3 +327,13 @@ def case(seed, chart, token, *, depth=0, states=False, longest=6, segments=None,
     # exact in float32, so that both dtypes see the same log ratios
     old, new = (torch.tensor(v, dtype=torch.float32).double() for v in (old, old + drift))
     return Case(plan, (new, old, torch.tensor(A).float().double(), torch.tensor(scale)))
+
+
+def stops(seed, *, depth=0, **kw):
+    """As `case`, with stops at the token and at all contexts."""
+    found = case(seed, ChartCode.SIGNED_LOG, GateCode.ZERO, depth=depth, detached=True, **kw)
+    rng = np.random.default_rng(seed)
+    token, at = LoweredGate(GateCode.STOP, tuple(rng.uniform(0.05, 0.3, 2))), found.plan.contexts
+    if at is not None:
+        at = replace(at, gates=(LoweredGate(GateCode.STOP),) * len(at.gates))
+    return found.with_plan(token=token, contexts=at)

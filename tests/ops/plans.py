@@ -14,11 +14,12 @@ NUMBERS = {
     GateCode.ROLLBACK: (0.03, 0.5),
     GateCode.TAPER: (),
     GateCode.BUDGET: (0.04,),
+    GateCode.STOP: (0.06, 0.04),
 }
 
 
 def gate(code):
-    numbers = () if code is GateCode.AGGREGATE else NUMBERS[code]
+    numbers = () if code in (GateCode.AGGREGATE, GateCode.STOP) else NUMBERS[code]
     return LoweredGate(code, numbers)
 
 

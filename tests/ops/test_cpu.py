@@ -93,6 +93,21 @@ def test_fast_paths_are_the_table(chart, token, seed, depth, pessimistic, longes
     )
 
 
+@settings(max_examples=100)
+@given(seeds, depths, st.booleans(), st.booleans(), st.sampled_from([2, 6, 25]))
+def test_stops_are_the_table(seed, depth, token_advantages, token_scale, longest):
+    """Also of the torch interpreter; a ratio or an advantage of 0 goes nowhere."""
+    case = plan_oracle.stops(
+        seed, depth=depth, token_advantages=token_advantages, token_scale=token_scale,
+        longest=longest,
+    )  # fmt: skip
+    case.inputs[0][::5] = case.inputs[1][::5]
+    case.inputs[2][1::4] = 0
+    agree(case)
+    value, parts, gradient, mean = plan_oracle.evaluate(case.plan, *case.inputs)
+    close(eager.evaluate(case.plan, *case.inputs), value, parts, gradient, mean, 1.0, 1e-10)
+
+
 @pytest.mark.parametrize("chart", list(ChartCode))
 @settings(max_examples=20)
 @given(seeds, depths, flags, st.sampled_from(plan_oracle.TOKEN_CODES), st.booleans())
@@ -155,6 +170,18 @@ def test_two_ranks_are_one(ranks, chart, seed, depth, token, kw):
     case = plan_oracle.case(
         seed, chart, token, depth=depth, states=token is GateCode.BUDGET, segments=6, **kw
     )
+    same_in_ranks(case, ranks)
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (2, 3)], ids=["halves", "one empty"])
+@settings(max_examples=20)
+@given(seeds, st.sampled_from([1, 3, "rows"]))
+def test_stops_of_two_ranks(ranks, seed, depth):
+    """What stops may lie on the other rank."""
+    same_in_ranks(plan_oracle.stops(seed, depth=depth, segments=6), ranks)
+
+
+def same_in_ranks(case, ranks):
     whole = cpu.evaluate(case.plan, *case.inputs)
     contexts, states = Ranks(), Ranks()
     found, failures = {}, []
@@ -292,14 +319,18 @@ def test_nothing(contexts):
     assert found.gradient.shape == (0,)
 
 
-@pytest.mark.parametrize("depth", [0, 3, "rows", "states"])
+@pytest.mark.parametrize("depth", [0, 3, "rows", "states", "stops"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_change_nothing(depth, dtype):
     """One thread, two, five, and again: the same bits."""
     seed, token, more = 3, GateCode.CLIP, {"depth": depth}
     if depth == "states":  # a few tokens each, many of them beyond the bound
         seed, token, more = 1, GateCode.BUDGET, {"states": 0.2}
-    case = plan_oracle.case(seed, ChartCode.SIGNED_LOG, token, segments=500, longest=400, **more)
+    more |= {"segments": 500, "longest": 400}
+    if depth == "stops":
+        case = plan_oracle.stops(seed, **{**more, "depth": 3})
+    else:
+        case = plan_oracle.case(seed, ChartCode.SIGNED_LOG, token, **more)
     assert len(case.inputs[0]) > 2 * 32_768  # fewer are left to one thread
     data = case.of(dtype)
     before = torch.get_num_threads()

@@ -23,7 +23,7 @@
 namespace {
 
 enum Chart { LOG, SIGNED_LOG, DEVIATION };
-enum Code { PASS, ZERO, CLIP, AGGREGATE, SOFT, QUADRATIC, ROLLBACK, TAPER, BUDGET };
+enum Code { PASS, ZERO, CLIP, AGGREGATE, SOFT, QUADRATIC, ROLLBACK, TAPER, BUDGET, STOP };
 const double INF = std::numeric_limits<double>::infinity();
 
 extern "C" struct Plan {
@@ -243,6 +243,26 @@ template <class T, int CHART> struct Careful : Row<T> {
         v = sel(pass, u, sel(spent, zero, sign * bound));
         s = sel(spent, zero, splat(1.0));
         shared = sel(pass | spent, zero, -sign);
+    }
+
+    // STOP: what goes outward is taken out where a context above, or the token itself, is beyond.
+    Adjoint stop(const Above &at) const {
+        const vd zero = splat(0.0);
+        vd value = zero, limit[2];  // where A > 0, elsewhere
+        for (int k = 0; k < 2; k++)
+            limit[k] = splat(at.base[CHANNELS == 2 ? k : 0] > 0 ? 0.0 : plan.token_numbers[k]);
+        for (int64_t i = 0; i < tokens; i += D) {
+            const vd A = this->advantages(i), l = this->ratio(i);
+            const md up = lt(zero, A);
+            const vd w = sel(head(vd{}, tokens - i), this->scales(i) * A, zero);
+            const md kept = lt(sel(up, l, -l), sel(up, limit[0], limit[1]));
+            const vd term = sel(kept, w, zero);
+            value += sel(eq(term, zero), zero, term * load(this->p + i, tokens - i));
+            store(out + i, -term, tokens - i);
+        }
+        Adjoint found;
+        found.value = total(value);
+        return found;
     }
 
     Adjoint go(const Above &at) const {

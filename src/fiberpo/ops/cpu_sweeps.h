@@ -49,6 +49,7 @@ template <class T, int CHART> struct Evaluation {
     const bool level = CHART == LOG && plan.token == ZERO && plan.first == PASS &&
                        plan.has_contexts && !plan.pessimistic && !plan.detached &&
                        !call.token_advantages && !call.token_scale;
+    const bool stops = plan.token == STOP;  // then the first sweep guesses that no context stops
     double *base = call.work, *slope = base + CH * C, *pull = slope + CH * C,
            *row_sums = pull + CH * C, *row_a = row_sums + CH * S;
 
@@ -70,6 +71,10 @@ template <class T, int CHART> struct Evaluation {
                                                   : plan.numbers + 4 * stratum;
         for (int k = 0; k < CH; k++) {
             double *mean = call.mean + k * C, *h = base + k * C;
+            if (code == STOP) {
+                h[c] = (mean[c] > aggregate[k]) + (up < 0 ? 0.0 : h[up]), slope[k * C + c] = 0;
+                continue;
+            }
             vd v, s, x = splat(mean[c] - (up < 0 ? 0.0 : mean[up]));
             gate(code, numbers, CH == 2 ? k : -1, x, splat(plan.sign[c]), v, s);
             h[c] = v[0] + (up < 0 ? 0.0 : h[up]), slope[k * C + c] = s[0];
@@ -77,6 +82,8 @@ template <class T, int CHART> struct Evaluation {
     }
 
     Adjoint tokens(int64_t s, const Above &at, bool alone) const {
+        if (stops)
+            return Slow(plan, call, s).stop(at);
         if (level) {
             Slow row(plan, call, s);
             Adjoint found;
@@ -140,6 +147,8 @@ template <class T, int CHART> struct Evaluation {
             row.measure(sums);
             for (int k = 0; k < CH; k++)
                 row_sums[k * S + s] = plan.omega[s] * sums[k];
+            if (stops)
+                call.segment_values[s] = row.stop(Above()).value;
         });
         std::fill_n(call.mean, CH * C, 0.0);
         for (int k = 0; k < CH; k++) {
@@ -169,7 +178,20 @@ template <class T, int CHART> struct Evaluation {
         });
     }
 
+    // The rows that have a context out of budget on a side that some of their tokens may be on.
+    void stop() const {
+        sweep(plan, call, call.threads, [&](int64_t s) {
+            Slow row(plan, call, s);
+            const Above at = above(row.leaf);
+            const double A = call.token_advantages ? 0 : row.advantage();
+            if ((A >= 0 && at.base[0] > 0) || (A <= 0 && at.base[CH - 1] > 0))
+                call.segment_values[s] = row.stop(at).value;
+        });
+    }
+
     void adjoin() const {
+        if (stops && plan.has_contexts)
+            return stop();
         // states are shared by rows: one thread keeps the order of their sums
         sweep(plan, call, plan.states ? 1 : call.threads, [&](int64_t s) {
             const Adjoint found = tokens(s, above(Slow(plan, call, s).leaf), !plan.has_contexts);

@@ -73,6 +73,8 @@ def gate(
         beyond = torch.where(negative, x < -epsilon, x > epsilon)
         turn = torch.where(negative, zero[:1] - (1 + alpha) * epsilon, (1 + alpha) * epsilon)
         return torch.where(beyond, turn - alpha * x, x), torch.where(beyond, -alpha * one, one)
+    if code is GateCode.STOP:
+        return zero if budget is None else (x > budget).to(x.dtype), zero
     assert code is GateCode.TAPER, code
     passing = (advantage < 0) & (x <= 0)
     return torch.where(passing, count * x, zero), torch.where(passing, count * one, zero)
@@ -161,6 +163,14 @@ def _token_gate(
     return value, torch.where(exhausted, 0.0, torch.ones_like(drift)), shared
 
 
+def _kept(token: LoweredGate, ratio: Tensor, advantage: Tensor, beyond: Tensor | float) -> Tensor:
+    """Tokens that `GateCode.STOP` keeps; ``beyond`` counts ``[2, N]`` contexts out of budget."""
+    above, below = torch.as_tensor(beyond, device=ratio.device).expand(2, len(ratio))
+    own = (ratio.new_full((), number) for number in token.numbers)
+    plus, minus = (torch.where(b == 0, e, 0.0) for b, e in zip((above, below), own, strict=True))
+    return torch.sign(advantage) * ratio < torch.where(advantage > 0, plus, minus)
+
+
 def _pull_states(shared: Tensor, drift: Tensor, states: States | None, merge: Merge) -> Tensor:
     sign = torch.sign(drift)
     if states is None:
@@ -201,8 +211,8 @@ def evaluate(
         drift, slope = _gate_of_tokens(plan.first, drift, advantage)
         inward = torch.where(slope == 0, 0.0, inward * slope)
 
-    mean = None
-    at = plan.contexts
+    at, mean = plan.contexts, None
+    above: Tensor | float = 0.0
     if at is None:
         value, slope, shared = _token_gate(plan, drift, advantage, merge_states)
         token_drift = drift
@@ -214,12 +224,18 @@ def evaluate(
         for k, lowered in enumerate(at.gates):
             here = slice(at.bounds[k], at.bounds[k + 1])
             numbers = (at.sign[here], at.budget[:, here], at.slope[here], at.count[here])
-            parts.append(gate(lowered, residual[:, here], *numbers))
+            seen = mean if lowered.code is GateCode.STOP else residual
+            parts.append(gate(lowered, seen[:, here], *numbers))
         gated = torch.cat([part[0] for part in parts], dim=1)
         context_slope = torch.cat([part[1] for part in parts], dim=1)
         token_drift = drift - sums.at_tokens(mean)
         value, slope, shared = _token_gate(plan, token_drift, advantage, merge_states)
-        value = value + sums.at_tokens(sums.path(gated))
+        above = sums.at_tokens(sums.path(gated))
+    if plan.token.code is GateCode.STOP:
+        weight = torch.where(_kept(plan.token, ratio, advantage, above), weight, 0.0)
+        absent = weight == 0
+    elif at is not None:
+        value = value + above
 
     if plan.chart is ChartCode.DEVIATION:
         log_gated = torch.log1p(value[0])

@@ -57,12 +57,19 @@ code          numbers                         value; slope
 `TAPER`                                       ``A < 0`` and ``x <= 0``: ``count x``; ``count``.
                                               Else 0; 0 (contexts only)
 `BUDGET`      radius                          tokens only, see below
+`STOP`        e+, e- (at tokens)              see below
 ============  ==============================  ====================================================
 
 `BUDGET` at a token of state ``s`` with ``m_s`` tokens and ``total_s = sum of |x|`` over them:
 ``bound = m_s radius - (total_s - |x|)``; ``bound <= 0``: 0; slope 0. ``|x| <= bound``: ``x``; 1.
 Else ``sign(x) bound``; slope 1 and, besides, every token of ``s`` (this one included) receives
 ``-sign(x) a`` times the sign of its own ``x``. Without `States` every token is its own state.
+
+`STOP` stands at the token and at every context, in detached plans of the chart `SIGNED_LOG`. At a
+context: 1 where the aggregate ``S`` itself (not the residual) is above ``C``, else 0; slope 0, so
+that ``h`` summed over a path counts what is out of its budget there. At a token: 0; slope 0
+(``G = 1``), and ``w_i`` becomes 0 unless ``x = sign(A_i) l_i`` is below ``e``, or below 0 where the
+count is not 0. ``e > 0`` and the count are the first where ``A_i > 0``, the second elsewhere.
 
 Reference: *Fibration Policy Optimization*, arXiv 2603.08239, Definitions 5.1, 6.1, 6.2; App. E.7.
 """
@@ -108,6 +115,7 @@ class GateCode(enum.IntEnum):
     ROLLBACK = 6
     TAPER = 7
     BUDGET = 8
+    STOP = 9
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class Contexts:
             lie more than one stratum up (trees whose branches differ in depth).
         gates: one per stratum.
         mass, count: ``[C]`` summed measure and token count below each context, over all ranks.
-        budget: ``[2, C]`` of `GateCode.AGGREGATE`; inf elsewhere.
+        budget: ``[2, C]`` of `GateCode.AGGREGATE` and `GateCode.STOP`; inf elsewhere.
         slope: ``[C]`` the ``k`` of `GateCode.AGGREGATE`; 1 elsewhere.
         sign: ``[C]`` sign of the advantage summed below each context; 0 where no gate asks.
         row_leaf: whether segment ``s`` is context ``bounds[-2] + s``: one segment a finest context,
@@ -254,7 +262,8 @@ class Backend(Protocol):
             log_probs, old_log_probs: float32 or float64, contiguous.
             advantages: ``[S]`` where constant on each segment, or ``[N]``.
             scale: ``[S]`` or ``[N]`` float64 >= 0: aggregation weights, masks and factors.
-            merge: sums over contexts across ranks, called twice; None in a single process.
+            merge: sums over contexts across ranks, called twice (once where ``detached``); None in
+                a single process.
             merge_states: the same for states.
         """
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +82,7 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Any]:
     if config.model == "embedded":
         return load_embedded()
     if config.model == "smollm2":
-        model, tokenizer = load_smollm(torch.float32)
-        if config.sft_steps:
-            rows = [r for d in DOMAINS for r in text_rows(d, config.seed, 4 * config.sft_steps)]
-            short_sft(model, tokenizer, rows, steps=config.sft_steps, seed=config.seed)
-        return model, tokenizer
+        return copy.deepcopy(_smollm(config.sft_steps, config.seed))
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
@@ -93,6 +91,16 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, Any]:
             f"cannot load the model {config.model!r}: {error}. Use embedded, smollm2, a local "
             "directory with a transformers model, or a hub id (with network access)."
         ) from error
+    return model, tokenizer
+
+
+@functools.lru_cache(maxsize=1)
+def _smollm(sft_steps: int, seed: int) -> tuple[PreTrainedModel, Any]:
+    """SmolLM2 at the start of a run; kept, since the runs of a study often start alike."""
+    model, tokenizer = load_smollm(torch.float32)
+    if sft_steps:
+        rows = [r for d in DOMAINS for r in text_rows(d, seed, 4 * sft_steps)]
+        short_sft(model, tokenizer, rows, steps=sft_steps, seed=seed)
     return model, tokenizer
 
 

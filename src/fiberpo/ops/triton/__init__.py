@@ -4,6 +4,9 @@
 plan                                   launches                                   bytes a token
 =====================================  =========================================  ================
 no contexts, or one over each segment  tokens, sum                                12
+stops (any contexts)                   tokens (guessing that none of them stops   12, and 12 more
+                                       anything), contexts, tokens (only where    where one does
+                                       the guess was wrong), sum
 several strata, one finest context     tokens (guessing that all gates pass),     12, and 12 more
 over each segment                      contexts, tokens (only where the guess     where a gate
                                        was wrong), sum                            acted
@@ -234,12 +237,18 @@ class _Call:
                     launch(max(-(-size // rows), 1), step, k, k + 1, 512)
 
     @cached_property
+    def stops(self) -> bool:
+        """Whether contexts stop tokens: no adjoints, and the first sweep guesses that none does."""
+        return self.plan.token.code is GateCode.STOP
+
+    @cached_property
     def guessing(self) -> bool:
         """Whether the first sweep writes the gradient that holds where every gate passes."""
         plan, at = self.plan, self.plan.contexts
+        if at is None or self.stops:
+            return self.stops
         return (
-            at is not None
-            and at.row_leaf
+            at.row_leaf
             and len(at.gates) > 1
             and self.merge is None
             and not plan.pessimistic
@@ -267,14 +276,14 @@ class _Call:
             self.sweep(run, SUMS)
         if final and not split:
             return
-        if self.guessing:
+        if self.guessing and not self.stops:
             self.rise_and_sink(RISE_DRIFT | SINK_DRIFT | RISE_WEIGHT | SINK_PULL)
         else:
             self.rise_and_sink(RISE_DRIFT | (0 if self.merge else SINK_DRIFT))
             if self.merge:
                 total = self.merge(self.above["summed"]).contiguous()
                 self.rise_and_sink(SINK_DRIFT, total)
-            for run in split + ([] if final else whole):
+            for run in split + ([] if final or self.stops else whole):
                 self.sweep(run, MIDDLE)
             if not self.plan.detached:
                 self.rise_and_sink(RISE_WEIGHT | (0 if self.merge else SINK_PULL))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gate_kernels import context_gate
+from .gate_kernels import STOP, context_gate
 
 RISE_DRIFT = tl.constexpr(1)
 SINK_DRIFT = tl.constexpr(2)
@@ -79,19 +79,21 @@ def sink_channel(
     whole = tl.where(whole == 0.0, 1.0, whole)
     found = tl.load(total + row + c, mask=real, other=0.0) / own
     x = found - tl.load(total + row + above, mask=rooted, other=0.0) / whole
+    if CODE == STOP:
+        x = found
     value, gain = context_gate(
         x, c, real, budget, slope, sign, count, numbers, contexts, CODE, CHANNEL, not SIGNED
     )
     tl.store(mean + row + c, found, mask=real)
     tl.store(passed + row + c, gain, mask=real)
     tl.store(path + row + c, value + tl.load(path + row + above, mask=rooted, other=0.0), mask=real)
-    return (value == x) & (gain == 1.0)
+    return value == 0.0 if CODE == STOP else (value == x) & (gain == 1.0)
 
 
 @triton.jit
 def sink_drift(
-    c, real, parent, total, mass, mean, path, passed, passing, budget, slope, sign, count, numbers,
-    contexts, CODE: tl.constexpr, SIGNED: tl.constexpr,
+    c, real, parent, total, mass, mean, path, passed, passing, stale, budget, slope, sign, count,
+    numbers, contexts, CODE: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """``S``, slopes, ``h`` along the path, and whether every gate on it passes."""
     above = tl.load(parent + c, mask=real, other=-1)
@@ -107,6 +109,8 @@ def sink_drift(
         )  # fmt: skip
     open_ = open_ & (tl.load(passing + above, mask=rooted, other=1) != 0)
     tl.store(passing + c, open_.to(tl.int32), mask=real)
+    if CODE == STOP:
+        tl.store(stale + c, (open_ == 0).to(tl.int32), mask=real)
 
 
 @triton.jit
@@ -193,7 +197,7 @@ def stratum(
             )  # fmt: skip
         elif STEP == SINK_DRIFT:
             sink_drift(
-                c, real, parent, total, mass, mean, path, passed, passing, budget,
+                c, real, parent, total, mass, mean, path, passed, passing, stale, budget,
                 slope, sign, count, numbers, contexts, CODE, SIGNED,
             )  # fmt: skip
         elif STEP == RISE_WEIGHT:

@@ -14,6 +14,7 @@ QUADRATIC = tl.constexpr(5)
 ROLLBACK = tl.constexpr(6)
 TAPER = tl.constexpr(7)
 BUDGET = tl.constexpr(8)
+STOP = tl.constexpr(9)
 
 
 @triton.jit
@@ -105,8 +106,14 @@ def context_gate(
     x, c, mask, budget, slope, sign, count, numbers, contexts,
     CODE: tl.constexpr, CHANNEL: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """The gate of contexts ``c``; ``numbers`` points at the four float64 of their stratum."""
-    if CODE == AGGREGATE:
+    """The gate of contexts ``c``; ``numbers`` points at the four float64 of their stratum.
+
+    ``x`` is the drift, of `STOP` the aggregate itself.
+    """
+    if CODE == STOP:
+        value = (x > tl.load(budget + CHANNEL * contexts + c, mask=mask, other=0.0)).to(tl.float64)
+        passed = tl.zeros(x.shape, tl.float64)
+    elif CODE == AGGREGATE:
         k = tl.load(slope + c, mask=mask, other=1.0)
         if ONE:
             plus = tl.load(budget + c, mask=mask, other=0.0)

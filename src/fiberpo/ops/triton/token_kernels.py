@@ -4,7 +4,8 @@ A piece is a segment, or a chunk of one that is too long to be held. One kernel,
 
 =============  =====================================================================================
 `FINAL`        all in one: nothing above the segment, or one context over each (its own)
-`GUESS`        as `FINAL` with the gates of several strata guessed to pass; keeps the segment's sums
+`GUESS`        as `FINAL` with the gates of several strata guessed to pass (the contexts to stop
+               nothing); keeps the segment's sums
 `SUMS`         drifts, summed
 `MIDDLE`       terms and adjoints, summed; needs the aggregates
 `GRADIENT`     the gradient; needs the adjoints of the aggregates. Skips what was guessed right
@@ -20,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gate_kernels import context_gate, token_gate
+from .gate_kernels import STOP, context_gate, token_gate
 
 FINAL = tl.constexpr(0)
 GUESS = tl.constexpr(1)
@@ -179,10 +180,17 @@ def sweep(
             if CONTEXT >= 0:
                 drift = drift - leaf0
             own_side = drift >= 0
-        gated, slope_own = token_gate(
-            drift, own_side, advantage, numbers + 4, TOKEN, VALUE, current.dtype
-        )
-        if CHART == SIGNED_LOG:
+        if TOKEN == STOP:
+            limit = tl.where(advantage > 0, tl.load(numbers + 4), tl.load(numbers + 5))
+            if CONTEXT >= 0 and PHASE != GUESS:
+                beyond = tl.where(advantage > 0, path0[:, None], path1[:, None])
+                limit = tl.where(beyond > 0.0, 0.0, limit)
+            kept = tl.where(advantage > 0, ratio, -ratio) < limit
+        else:
+            gated, slope_own = token_gate(
+                drift, own_side, advantage, numbers + 4, TOKEN, VALUE, current.dtype
+            )
+        if CHART == SIGNED_LOG and TOKEN != STOP:
             absent0 = still
             absent1 = still
             if CONTEXT >= 0:
@@ -195,7 +203,7 @@ def sweep(
                 absent1, absent1 != absent1, advantage, numbers + 4, TOKEN, VALUE, current.dtype
             )
             gated = tl.where(positive, gated - minus, plus - gated)
-        if CONTEXT >= 0 and PHASE != GUESS:
+        if CONTEXT >= 0 and PHASE != GUESS and TOKEN != STOP:
             gated = gated + above.to(VALUE)[:, None]
         if TOKEN_SCALE:
             factor = read(scale, at, inside, quads, tail, VECTOR, RAGGED)
@@ -203,7 +211,7 @@ def sweep(
             factor = tl.load(scale + segment, mask=real, other=0.0)[:, None]
         weight = tl.where(inside, factor * advantage.to(tl.float64), 0.0).to(current.dtype)
         present = inside & (factor * advantage.to(tl.float64) != 0.0)
-        if PHASE == GUESS:  # what the gates above will multiply must not overflow
+        if PHASE == GUESS and TOKEN != STOP:  # what the gates above will multiply must not overflow
             top = tl.max(tl.where(present, gated, -float("inf")), 1)
             top = tl.where(top > -float("inf"), top, 0.0)
             gated = gated - top[:, None]
@@ -218,7 +226,10 @@ def sweep(
                 log_gated = tl.where(gated == -1.0, -float("inf"), log_gated)
                 raw = present & (gated >= -1.0)
             raw = raw & tl.where(advantage >= 0, ratio < log_gated, ratio > log_gated)
-        if CHART == DEVIATION:
+        if TOKEN == STOP:
+            term = tl.where(kept, weight, 0.0)
+            adjoint = term
+        elif CHART == DEVIATION:
             taken = 1.0 + tl.where(present, gated, 0.0)
             if PESSIMISTIC:
                 taken = tl.where(raw, tl.exp(tl.where(raw, ratio, 0.0)), taken)
@@ -232,10 +243,11 @@ def sweep(
             adjoint = term
         if PESSIMISTIC:
             adjoint = tl.where(raw, 0.0, adjoint)
-        pulled = tl.where(adjoint == 0.0, 0.0, adjoint * slope_own)
+        if TOKEN != STOP:
+            pulled = tl.where(adjoint == 0.0, 0.0, adjoint * slope_own)
 
         # sums of terms and adjoints
-        if PHASE != GRADIENT and PHASE != GUESS:
+        if TOKEN == STOP or (PHASE != GRADIENT and PHASE != GUESS):
             terms = term
             if DETACHED:
                 terms = tl.where(inside, term.to(tl.float64) * current.to(tl.float64), 0.0)
