@@ -30,6 +30,10 @@ def made(found):
     return recipes.from_name(found.recipe, **found.parameters)
 
 
+def for_gates(recording, **more):
+    return suggest(recording, stops=False, **more)
+
+
 def gated(items, objective, stratum):
     """Share of contexts that leave PASS, counted one by one."""
     count = total = 0
@@ -48,7 +52,7 @@ def gated(items, objective, stratum):
 def test_a_suggestion_gates_what_it_says(seed, activity, size):
     """The target share of every stratum and of the tokens, within the quantile's resolution."""
     items = steps(3, start=seed, groups=8, answers=3, length=10, size=size)
-    found = suggest(Memory(items), activity=activity)
+    found = for_gates(Memory(items), activity=activity)
     objective = made(found)
     for row in found.rows:
         if row.domain is not None:
@@ -104,9 +108,16 @@ def test_stops_are_suggested_where_stops_were_recorded():
     print_suggestion(found, Console(file=io.StringIO()))
 
 
+@pytest.mark.parametrize("objective", [None, recipes.grpo(), recipes.gspo()])
+def test_stops_are_suggested_where_nothing_has_a_budget(objective):
+    """For the method that the trainers have by default."""
+    found = suggest(Memory(steps(3), objective=objective))
+    assert (found.recipe, set(found.budgets)) == ("fiberstop", set(STRATA))
+
+
 def test_the_printed_forms_are_the_same_objective():
     """YAML, options and Python say what the parameters say, to the last digit."""
-    found = suggest(Memory(steps(3)), activity=0.2, per_domain=True)
+    found = for_gates(Memory(steps(3)), activity=0.2, per_domain=True)
     config = yaml.safe_load(found.yaml())
     trained = make_config(None, config).build_objective()
     objective = made(found)
@@ -127,7 +138,7 @@ def test_the_printed_forms_are_the_same_objective():
 def test_one_budget_for_each_domain():
     """Named pairs at the domain, each at the share of its own contexts; the rest has one."""
     items = steps(20, groups=4, answers=2, length=8)
-    found = suggest(Memory(items), activity=0.25, per_domain=True)
+    found = for_gates(Memory(items), activity=0.25, per_domain=True)
     named = found.budgets["domain"]
     assert set(named) == {*DOMAINS, "*"}
     assert isinstance(found.budgets["group"], tuple)
@@ -141,7 +152,7 @@ def test_one_budget_for_each_domain():
 def test_quantiles_are_those_of_numpy():
     """p50, p90 and p99 of the residuals of both channels, over all steps that move."""
     items = steps(4)
-    found = suggest(Memory(items))
+    found = for_gates(Memory(items))
     objective = recipes.fiberpo_domain(dict.fromkeys(STRATA, (1.0, 1.0)), epsilon=1.0)
     at = objective(items[0].batch).gated.strata.level(1)
     residual = np.concatenate([objective(i.batch).gated.residual[:, at] for i in items], axis=1)
@@ -154,27 +165,27 @@ def test_quantiles_are_those_of_numpy():
 def test_first_updates_are_left_out_and_said():
     """They hold no drift; with them the quantile would be too low."""
     items = steps(6, fresh_every=3)
-    found, moved = suggest(Memory(items)), [i for k, i in enumerate(items) if k % 3]
+    found, moved = for_gates(Memory(items)), [i for k, i in enumerate(items) if k % 3]
     assert (found.steps, found.excluded) == (4, 2)
-    assert found.budgets == suggest(Memory(moved)).budgets
+    assert found.budgets == for_gates(Memory(moved)).budgets
     assert any("in 2 of 6 steps every log ratio is 0" in note for note in found.notes)
-    assert suggest(Memory(moved)).excluded == 0
-    assert not any("first update" in note for note in suggest(Memory(moved)).notes)
+    assert for_gates(Memory(moved)).excluded == 0
+    assert not any("first update" in note for note in for_gates(Memory(moved)).notes)
 
 
 def test_nothing_moves():
     """One update per rollout: no drift, no budget."""
     with pytest.raises(FiberPOError, match="every log ratio is 0 in all 3"):
-        suggest(Memory(steps(3, fresh_every=1)))
+        for_gates(Memory(steps(3, fresh_every=1)))
 
 
 def test_a_stratum_that_cannot_act_gets_no_budget():
     """One answer a group: the trajectory is the only child of its parent."""
     lonely = [RecordedStep(i, batch(i, groups=12, answers=1)) for i in range(4)]
-    found = suggest(Memory(lonely))
+    found = for_gates(Memory(lonely))
     assert set(found.budgets) == {"domain", "group"}
     assert any(n.startswith("trajectory: its gate cannot act") for n in found.notes)
-    assert not any("cannot act" in n for n in suggest(Memory(steps(4))).notes)
+    assert not any("cannot act" in n for n in for_gates(Memory(steps(4))).notes)
 
 
 def test_few_that_can_act():
@@ -187,7 +198,7 @@ def test_few_that_can_act():
             item.log_probs, item.old_log_probs, item.advantages, item.lengths, labels=labels
         )
         items.append(RecordedStep(i, step))
-    found = suggest(Memory(items), activity=0.5)
+    found = for_gates(Memory(items), activity=0.5)
     (row,) = [r for r in found.rows if r.stratum == "trajectory"]
     assert row.acting == 16
     assert row.contexts == 72
@@ -197,17 +208,17 @@ def test_few_that_can_act():
 
 def test_few_contexts_are_said():
     """A quantile needs some contexts beyond it."""
-    few = suggest(Memory(steps(2)), activity=0.1)
+    few = for_gates(Memory(steps(2)), activity=0.1)
     assert any(n.startswith("domain: 4 contexts") and "too few" in n for n in few.notes)
-    many = suggest(Memory(steps(60, groups=2, answers=2, length=6)), activity=0.1)
+    many = for_gates(Memory(steps(60, groups=2, answers=2, length=6)), activity=0.1)
     assert not any("too few" in n for n in many.notes)
 
 
 def test_aggregates_of_micro_batches_are_said():
     """The recorded run gated other drifts."""
-    local = suggest(Memory(steps(3), settings={"split_mode": "local"}))
+    local = for_gates(Memory(steps(3), settings={"split_mode": "local"}))
     assert any("per micro-batch" in n for n in local.notes)
-    exact = suggest(Memory(steps(3), settings={"split_mode": "exact"}))
+    exact = for_gates(Memory(steps(3), settings={"split_mode": "exact"}))
     assert not any("per micro-batch" in n for n in exact.notes)
 
 
@@ -219,17 +230,17 @@ def test_strata_are_those_of_the_run():
     assert set(plain.budgets) == {"trajectory"}
     assert plain.parameters["pessimistic"]
     assert "--pessimistic" in plain.flags()
-    assert set(suggest(Memory(items), strata=["group", "trajectory"]).budgets) == set(STRATA[1:])
-    assert set(suggest(Memory(items, objective=recipes.grpo())).budgets) == set(STRATA)
+    assert set(for_gates(Memory(items), strata=["group", "trajectory"]).budgets) == set(STRATA[1:])
+    assert set(for_gates(Memory(items, objective=recipes.grpo())).budgets) == set(STRATA)
     with pytest.raises(FiberPOError, match="continent"):
-        suggest(Memory(items), strata=["continent"])
+        for_gates(Memory(items), strata=["continent"])
 
 
 @pytest.mark.parametrize("activity", [0.0, 1.0, -0.1, float("nan")])
 def test_activity_is_a_share(activity):
     """Between 0 and 1."""
     with pytest.raises(FiberPOError, match="activity"):
-        suggest(Memory(steps(1)), activity=activity)
+        for_gates(Memory(steps(1)), activity=activity)
 
 
 @given(
@@ -282,9 +293,9 @@ def test_a_sample_stays_bounded():
 def test_random_numbers_do_not_matter():
     """The same recording, the same suggestion."""
     torch.manual_seed(1)
-    first = suggest(Memory(steps(3)))
+    first = for_gates(Memory(steps(3)))
     torch.manual_seed(2)
-    assert suggest(Memory(steps(3)), workers=1).as_dict() == first.as_dict()
+    assert for_gates(Memory(steps(3)), workers=1).as_dict() == first.as_dict()
 
 
 def test_an_option_is_as_short_as_its_number() -> None:

@@ -95,7 +95,9 @@ def suggest(
     per_domain: Annotated[bool, typer.Option(help="One budget for each domain.")] = False,
     stops: Annotated[
         bool | None,
-        typer.Option(help="For fiberstop, or for gates; by default as the run was."),
+        typer.Option(
+            help="For fiberstop, or for gates; by default for gates where the run had some."
+        ),
     ] = None,
     column: Column = None,
     json_: Json = None,

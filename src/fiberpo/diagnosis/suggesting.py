@@ -167,7 +167,7 @@ def suggest(
         strata: those that are to have a budget, ``trajectory`` among them; by default those of the
             recorded objective, and where it has none, all that the recording has labels for.
         stops: True for budgets of `recipes.fiberstop`, False for those of gates; by default those
-            of stops where the recorded objective is one of stops.
+            of gates where the recorded objective has gates with budgets, else those of stops.
         per_domain: one pair for each domain at the stratum ``domain``.
         progress: called with the number of tokens done so far.
         workers: threads.
@@ -203,13 +203,12 @@ class _Work:
         self, strata: Sequence[str] | None, objective: Objective | None, stops: bool | None
     ) -> None:
         self.objective = objective
-        own = objective is not None and bool(objective.stops)
-        self.stops = own if stops is None else stops
+        gates = [] if objective is None else [*objective.gate_map.gates.values()]
+        budgeted = all(isinstance(gate, AggregateGate) for gate in gates)
+        self.stops = not (gates and budgeted) if stops is None else stops
         self.names: tuple[str, ...] | None = None if strata is None else tuple(strata)
-        if strata is None and objective is not None:
-            gates = objective.gate_map.gates.values()
-            if objective.strata and all(isinstance(gate, AggregateGate) for gate in gates):
-                self.names = objective.strata
+        if strata is None and objective is not None and objective.strata and budgeted:
+            self.names = objective.strata
         self.samples: dict[str, Sample] = {}
         self.domains: dict[str, int] = {}
         self.fresh: set[int] = set()
