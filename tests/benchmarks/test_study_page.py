@@ -32,7 +32,7 @@ def complete(arm, study):
     return str(TrainConfig(**config).build_objective())
 
 
-@pytest.mark.parametrize("name", ["main", "small"])
+@pytest.mark.parametrize("name", ["main", "small", "smollm2"])
 def test_parameters_are_those_that_the_search_chose(name):
     search, study = load_study(find_study("search")), load_study(find_study(name))
     table = pd.read_parquet(ROOT / "docs/study/search.parquet")

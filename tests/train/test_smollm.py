@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fiberpo.errors import ConfigError, DataError
-from fiberpo.train import smollm
+from fiberpo.train import smollm, sources
+from fiberpo.train.config import make_config
 from fiberpo.train.embedded import build_tokenizer
 from fiberpo.train.sft import encode_row, sft_loss, short_sft
 from fiberpo.train.tasks import exact_answer
@@ -112,6 +113,28 @@ def test_tokenizer(loaded):
 def test_dtype():
     model, _ = smollm.load_smollm(torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@needs_wheel
+@pytest.mark.slow
+def test_runs_of_one_process_share_the_start_but_no_weights(monkeypatch):
+    """The cells of a study with one seed; another seed starts elsewhere."""
+    seeds = []
+    monkeypatch.setattr(sources, "short_sft", lambda *_, seed, **__: seeds.append(seed))
+    sources._smollm.cache_clear()
+    configs = [make_config(None, {"model": "smollm2", "seed": seed}) for seed in (0, 0, 1)]
+    first, tokenizer = sources.load_model(configs[0])
+    before = first.get_input_embeddings().weight.detach()[0].clone()
+    with torch.no_grad():
+        first.get_input_embeddings().weight.zero_()
+    second, other = sources.load_model(configs[1])
+    assert second.get_input_embeddings().weight is second.get_output_embeddings().weight
+    assert torch.equal(second.get_input_embeddings().weight[0], before)
+    assert other is not tokenizer
+    assert seeds == [0]
+    sources.load_model(configs[2])
+    assert seeds == [0, 1]
+    sources._smollm.cache_clear()
 
 
 @needs_wheel
