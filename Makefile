@@ -59,13 +59,13 @@ $(VERL_VENV)/.installed: pyproject.toml constraints-verl.txt
 	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints-verl.txt torch
 	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints-verl.txt -e ".[verl]" pytest hypothesis beartype
+		-c constraints-verl.txt -e ".[verl]" pytest pytest-xdist hypothesis beartype
 	touch $@
 
 install-verl: $(VERL_VENV)/.installed
 
 test-verl: $(VERL_VENV)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VERL_VENV)/bin/python -m pytest tests/verl
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VERL_VENV)/bin/python -m pytest tests/verl -n 2
 
 # the packages of .venv, and DeepSpeed beside them
 $(VENV)-deepspeed/.installed: $(INSTALLED)

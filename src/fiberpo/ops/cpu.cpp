@@ -246,15 +246,18 @@ template <class T, int CHART> struct Careful : Row<T> {
     }
 
     // STOP: what goes outward is taken out where a context above, or the token itself, is beyond.
-    Adjoint stop(const Above &at) const {
+    // MEASURE: the sums of the drifts of the row as well.
+    template <bool MEASURE> Adjoint stop(const Above &at, double *sums = nullptr) const {
         const vd zero = splat(0.0);
-        vd value = zero, limit[2];  // where A > 0, elsewhere
+        vd value = zero, above = zero, all = zero, limit[2];  // where A > 0, elsewhere
         for (int k = 0; k < 2; k++)
             limit[k] = splat(at.base[CHANNELS == 2 ? k : 0] > 0 ? 0.0 : plan.token_numbers[k]);
         for (int64_t i = 0; i < tokens; i += D) {
             const vd A = this->advantages(i), l = this->ratio(i);
-            const md up = lt(zero, A);
-            const vd w = sel(head(vd{}, tokens - i), this->scales(i) * A, zero);
+            const md up = lt(zero, A), here = head(vd{}, tokens - i);
+            const vd w = sel(here, this->scales(i) * A, zero);
+            if (MEASURE)
+                above += sel(here, most(l, zero), zero), all += sel(here, l, zero);
             const md kept = lt(sel(up, l, -l), sel(up, limit[0], limit[1]));
             const vd term = sel(kept, w, zero);
             value += sel(eq(term, zero), zero, term * load(this->p + i, tokens - i));
@@ -262,6 +265,8 @@ template <class T, int CHART> struct Careful : Row<T> {
         }
         Adjoint found;
         found.value = total(value);
+        if (MEASURE)
+            sums[0] = total(above), sums[CHANNELS - 1] = sums[0] - total(all);
         return found;
     }
 

@@ -83,7 +83,7 @@ template <class T, int CHART> struct Evaluation {
 
     Adjoint tokens(int64_t s, const Above &at, bool alone) const {
         if (stops)
-            return Slow(plan, call, s).stop(at);
+            return Slow(plan, call, s).template stop<false>(at);
         if (level) {
             Slow row(plan, call, s);
             Adjoint found;
@@ -144,11 +144,12 @@ template <class T, int CHART> struct Evaluation {
         sweep(plan, call, call.threads, [&](int64_t s) {
             double sums[2];
             Slow row(plan, call, s);
-            row.measure(sums);
+            if (stops)
+                call.segment_values[s] = row.template stop<true>(Above(), sums).value;
+            else
+                row.measure(sums);
             for (int k = 0; k < CH; k++)
                 row_sums[k * S + s] = plan.omega[s] * sums[k];
-            if (stops)
-                call.segment_values[s] = row.stop(Above()).value;
         });
         std::fill_n(call.mean, CH * C, 0.0);
         for (int k = 0; k < CH; k++) {
@@ -185,7 +186,7 @@ template <class T, int CHART> struct Evaluation {
             const Above at = above(row.leaf);
             const double A = call.token_advantages ? 0 : row.advantage();
             if ((A >= 0 && at.base[0] > 0) || (A <= 0 && at.base[CH - 1] > 0))
-                call.segment_values[s] = row.stop(at).value;
+                call.segment_values[s] = row.template stop<false>(at).value;
         });
     }
 
