@@ -23,7 +23,6 @@ import torch
 
 import fiberpo
 import fiberpo.ops.triton as backend
-from fiberpo.lowering import lower
 from fiberpo.ops import eager
 
 STRATA = {"domain": (0.02, 0.015), "group": (0.04, 0.03), "trajectory": (0.12, 0.05)}
@@ -33,6 +32,8 @@ OBJECTIVES = {
     "fiberpo": fiberpo.recipes.fiberpo(),
     "fiberpo_domain, no gate acts": fiberpo.recipes.fiberpo_domain(dict.fromkeys(STRATA, (1, 1))),
     "fiberpo_domain": fiberpo.recipes.fiberpo_domain(STRATA),
+    "fiberstop, nothing stops": fiberpo.recipes.fiberstop(dict.fromkeys(STRATA, (9, 9)), 9.0),
+    "fiberstop": fiberpo.recipes.fiberstop(STRATA),
     "fiberpo_domain, pessimistic": fiberpo.recipes.fiberpo_domain(STRATA, pessimistic=True),
 }
 SIZES = [32_768, 262_144, 1_048_576, 8_388_608, 33_554_432]
@@ -58,8 +59,8 @@ def make(tokens, length, device):
 
 def prepared(objective, batch):
     """A call without arguments: value and gradient from log-probs, plan and weights given."""
-    plan = lower(objective.gate_map, objective.gate_map.lay_out(batch, warn=False), batch)
     mu = objective.weights(batch)
+    plan = objective.plan(batch, mu=mu).lowered
     scale = mu[plan.starts[:-1]] if len(plan.starts) > 1 else mu
     given = (batch.log_probs.detach(), batch.old_log_probs, batch.advantages, scale)
     return plan, given, lambda: backend.evaluate(plan, *given)

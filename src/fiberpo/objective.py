@@ -96,8 +96,7 @@ class Objective:
         stops = tuple(stop.lay_out(batch, collective) for stop in self.stops)
         if mu is None:
             mu = self.weights.shares(batch, denominators, collective)
-        fused = fused_stop(self.gate_map, self.factors)
-        return Plan(self.gate_map, layout, mu, collective, batch, stops, fused)
+        return Plan(self.gate_map, layout, mu, collective, batch, stops, self._fused_stop)
 
     def __call__(
         self,
@@ -116,7 +115,7 @@ class Objective:
             denominators: counts of the whole optimizer batch, where ``batch`` is a part of it. Only
                 for objectives whose contexts all lie inside the part (token and trajectory gates).
             collective: where the other parts of the batch are; every rank calls together.
-            plan: `plan` of the same tokens, in place of the two arguments above.
+            plan: `plan` of this objective for the same tokens, in place of the two arguments above.
             gradient: ``"closed_form"`` (O(N), default) or ``"autograd"`` through the gates; equal.
             backend: what evaluates the closed form (`fiberpo.ops.dispatch`): ``"auto"``,
                 ``"cpu"``, ``"triton"``, ``"torch"``, or ``"reference"``, the gate classes
@@ -128,6 +127,11 @@ class Objective:
         if plan is None:
             plan = self.plan(batch, denominators=denominators, collective=collective)
         batch = plan.adopt(batch)
+        if plan.gate_map is not self.gate_map or plan.fused is not self._fused_stop:
+            raise ObjectiveError(
+                f"the plan has the gates and stops of another objective than this {self.name}; "
+                "make a plan of this one"
+            )
         if gradient == "closed_form":
             return self._closed_form(plan, batch, backend)
         if gradient != "autograd":
@@ -202,6 +206,10 @@ class Objective:
             else:
                 scale = batch.spread(scale) * factor(batch)
         return scale, kept, tuple(stopped)
+
+    @property
+    def _fused_stop(self) -> BudgetStop | None:
+        return fused_stop(self.gate_map, self.factors)
 
     @property
     def stops(self) -> tuple[BudgetStop, ...]:

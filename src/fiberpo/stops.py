@@ -79,18 +79,18 @@ class Stopped:
         limit = torch.where(sign > 0, limit[0], torch.where(sign < 0, limit[1], float("inf")))
         if batch.by_row:
             sign, limit = (torch.repeat_interleave(x, lengths) for x in (sign, limit))
-        return (sign * batch.log_ratio.detach() < limit).double()
+        return (sign * _log_ratio(batch) < limit).double()
 
     @cached_property
     def far(self) -> Bool[Tensor, " N"]:
         """``[N]`` tokens beyond epsilon, whatever their advantage."""
-        log_ratio, (above, below) = self.batch.log_ratio.detach().double(), self.stop.epsilon
+        log_ratio, (above, below) = _log_ratio(self.batch), self.stop.epsilon
         return (log_ratio > above) | (log_ratio < -below)
 
     @cached_property
     def tokens(self) -> Mapping[str, Bool[Tensor, " N"]]:
         """Scale, coarse to fine and ``"token"`` last -> ``[N]`` tokens that it stops."""
-        log_ratio, advantages = self.batch.log_ratio.detach().double(), self.batch.advantages
+        log_ratio, advantages = _log_ratio(self.batch), self.batch.advantages
         up, found = advantages > 0, {}
         outward = torch.sign(advantages) * log_ratio >= self.stop.outward_from
         outward = outward & (advantages != 0)
@@ -176,7 +176,7 @@ class BudgetStop:
         layout = self.lay_out(batch) if layout is None else layout
         if layout.contexts is None:
             return Stopped(self, batch, layout)
-        mean = self._drifts(batch.log_ratio.detach().double(), layout.contexts)
+        mean = self._drifts(_log_ratio(batch), layout.contexts)
         return self.judged(batch, layout, mean)
 
     def judged(
@@ -209,6 +209,11 @@ class BudgetStop:
             size = strata.bounds[k + 1] - strata.bounds[k]
             parts.append(self.budgets[name].resolve(name, strata.context_names[k], size))
         return torch.cat(parts, dim=1).to(at.mass.device)
+
+
+def _log_ratio(batch: RatioBatch) -> Tensor:
+    """``[N]`` float64; exact for float32 log-probs, as in the fused backends."""
+    return batch.log_probs.detach().double() - batch.old_log_probs.double()
 
 
 def _at_tokens(beyond: Tensor, at: ContextLayout, k: int) -> Tensor:

@@ -406,9 +406,10 @@ def test_one_reduction_a_step_of_shared_contexts_alone():
     batches = [batch for batch, _ in parts_of(random_case(1), SPLITS["two ranks"][0], 2)]
 
     def work(batch, ranks):
-        plan = make("chain").plan(batch, collective=ranks)
+        objective = make("chain")
+        plan = objective.plan(batch, collective=ranks)
         calls, sent = ranks.calls, ranks.sent
-        make("chain")(batch, plan=plan).metrics()
+        objective(batch, plan=plan).metrics()
         return ranks.calls - calls, ranks.sent - sent
 
     # 2 channels in float64 of the 2 domains and 3 of the 4 groups
@@ -518,6 +519,34 @@ def test_closed_form_is_autograd():
     out = make("turns")(leaf, gradient="autograd")
     out.loss.backward()
     torch.testing.assert_close(out.coefficients, -leaf.log_probs.grad)
+
+
+def test_a_plan_serves_its_own_objective():
+    """It carries budgets; those of another objective would be ignored."""
+    batch = random_case(2).batch()
+    plan = make("chain").plan(batch)
+    with pytest.raises(fiberpo.ObjectiveError, match="another objective than this fiberstop"):
+        make("chain")(batch, plan=plan)
+    with pytest.raises(fiberpo.ObjectiveError, match="another objective than this grpo"):
+        recipes.grpo()(batch, plan=recipes.grpo().plan(batch))
+
+
+def test_log_ratios_are_exact_differences():
+    """0.19999999925 in float64, 0.20000000298 in float32; the reverse with an old log-prob that no
+    float32 is."""
+    new = torch.tensor([-0.06148456409573555])
+    batch = fiberpo.RatioBatch.from_packed(
+        new, torch.tensor([-0.2614845633506775]), torch.ones(1), [1]
+    )
+    assert new.dtype == torch.float32
+    assert by_every_backend(recipes.fiberstop({}, 0.2), batch).tolist() == [1.0]
+    out = recipes.fiberstop({}, 0.2)(batch)
+    assert out.scale.tolist() == [1.0]
+    assert out.metrics()["stop/token"] == 0
+    old = torch.tensor([-0.8 + 5e-9], dtype=F64)
+    mixed = fiberpo.RatioBatch.from_packed(torch.tensor([-0.5]), old, torch.ones(1), [1])
+    assert by_every_backend(recipes.fiberstop({}, 0.3), mixed).tolist() == [1.0]
+    assert recipes.fiberstop({}, 0.3)(mixed).gradient.dtype == torch.float32
 
 
 def test_float32_log_probs():

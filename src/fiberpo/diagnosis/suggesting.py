@@ -304,13 +304,13 @@ class _Work:
             notes.append(
                 f"in {excluded} of {excluded + len(self.steps)} steps every log ratio is 0 (the "
                 "first update after a rollout, a learning rate that is still 0); they were left "
-                "out, since no gate acts there, whatever its budget."
+                "out, since nothing is gated or stopped there, whatever the budget."
             )
         mode = settings.get("split_mode", "exact")
         if mode != "exact":
             notes.append(
                 f"split_mode = {mode!r}: in the run the contexts above the trajectory were taken "
-                "per micro-batch, so their gates saw other drifts than these. Use "
+                "per micro-batch, so that what has a budget there saw other drifts. Use "
                 "split_mode='exact' with budgets for groups and domains."
             )
         if per_domain and "domain" not in self.samples:

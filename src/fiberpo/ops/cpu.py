@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import struct
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -145,10 +146,14 @@ def evaluate(
     merge_states: Merge | None = None,
 ) -> Evaluation:
     """As `fiberpo.ops.plan.Backend.evaluate`."""
+    if old_log_probs.dtype is not log_probs.dtype:
+        wide = log_probs.double(), old_log_probs.double()
+        found = evaluate(plan, *wide, advantages, scale, merge, merge_states)
+        return replace(found, gradient=found.gradient.to(log_probs.dtype))
     function, at = _function(), _prepare(plan)
     dtype, tokens, segments = log_probs.dtype, log_probs.shape[0], plan.segments
     channels, contexts, states = at.channels, at.plan.contexts, at.plan.states
-    log_probs, old_log_probs = log_probs.contiguous(), old_log_probs.to(dtype).contiguous()
+    log_probs, old_log_probs = log_probs.contiguous(), old_log_probs.contiguous()
     if advantages.dtype is not torch.float32:
         advantages = advantages.double()
     advantages, scale = advantages.contiguous(), scale.double().contiguous()

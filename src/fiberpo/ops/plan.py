@@ -86,6 +86,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..errors import ObjectiveError
+
 Merge = Callable[[Tensor], Tensor]
 """``[rows, C]`` sums of this process -> the same over all ranks (float64)."""
 
@@ -211,6 +213,16 @@ class GatePlan:
     contexts: Contexts | None
     states: States | None
     longest: int
+
+    def __post_init__(self) -> None:
+        gates = () if self.contexts is None else self.contexts.gates
+        codes = {gate.code for gate in (self.token, *gates)}
+        whole = codes == {GateCode.STOP} and self.detached and self.chart is ChartCode.SIGNED_LOG
+        if GateCode.STOP in {*codes, self.first.code} and not (whole and self.first == OPEN):
+            raise ObjectiveError(
+                "a STOP stands beside other gates, in another chart than SIGNED_LOG, or in a plan "
+                "that is not detached; see fiberpo.ops.plan"
+            )
 
     @property
     def segments(self) -> int:
