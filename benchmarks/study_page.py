@@ -34,6 +34,7 @@ METRICS = (
     "kl/k3",
     "mask/kept",
     "gate/left_out",
+    "gate/active",
 )
 """Training metrics that the page names."""
 

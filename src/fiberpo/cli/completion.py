@@ -43,8 +43,8 @@ def complete_run(incomplete: str) -> list[str]:
 def complete_study(incomplete: str) -> list[str]:
     """Shipped studies that begin so.
 
-    >>> complete_study("sm")
-    ['small']
+    >>> complete_study("se")
+    ['search']
     """
     folder = files("fiberpo") / "assets" / "studies"
     names = (entry.name.removesuffix(".yaml") for entry in folder.iterdir())
