@@ -217,6 +217,8 @@ def test_one_scale_is_enough():
     batch = packed([0.4, 0.4, 0.0], [1.0, 1.0], [2, 1], labels={"group": ["g", "g"]})
     budgets = {"group": (0.1, 0.1), "trajectory": (0.5, 0.5)}
     assert by_every_backend(recipes.fiberstop(budgets, 0.5), batch).tolist() == [0.0] * 3
+    down = packed([-0.4, -0.4, 0.0], [-1.0, -1.0], [2, 1], labels={"group": ["g", "g"]})
+    assert by_every_backend(recipes.fiberstop(budgets, 0.5), down).tolist() == [0.0] * 3
     out = recipes.fiberstop(budgets, 0.5)(batch)
     metrics = out.metrics()
     assert [metrics[f"stop/{s}"] for s in ("group", "trajectory", "token")] == [1.0, 0.0, 0.0]
